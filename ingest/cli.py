@@ -1,0 +1,184 @@
+"""The ``ingest`` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from ingest.errors import SourceError, StoreError, TableError
+from ingest.inspection import StoreSummary, summarise_store
+from ingest.layouts import Layout
+from ingest.run import IngestSettings, IngestSummary, Space, ingest
+from ingest.scan import ScanRow
+from ingest.simulate import simulate_cohort
+from ingest.store import DEFAULT_SLAB
+
+_SHOWN_FAILURES = 20
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class _IngestByDefault(TyperGroup):
+    """``ingest SRC OUT`` is ``ingest run SRC OUT``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        group_options = {"--help", "--install-completion", "--show-completion"}
+        if args and args[0] not in self.commands and args[0] not in group_options:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_IngestByDefault,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn brain scans into a chunked Zarr store:  ingest SRC OUT.zarr",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command("run")
+def run_command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="UK Biobank zips, a BIDS tree, or a folder of NIfTI files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The store to make.")],
+    layout: Annotated[Layout, typer.Option(help="How the scans are named.")] = Layout.auto,
+    image: Annotated[str | None, typer.Option(help="UKB: member (T1_brain); BIDS: suffix (T1w); flat: part of the name.")] = None,
+    space: Annotated[Space, typer.Option(help="Space of the store; auto: that of the first readable scan.")] = Space.auto,
+    phenotypes: Annotated[Path | None, typer.Option(help="CSV, TSV or parquet to join by participant.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 works in this one.")] = 0,
+    slab: Annotated[int, typer.Option(min=1, help="Planes per LZ4 slab.")] = DEFAULT_SLAB,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr if it exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ingest the scans of a folder (the default command)."""
+    settings = IngestSettings(layout=layout, image=image, space=space, phenotypes=phenotypes, slab=slab)
+    with _progress("ingest") as progress:
+        bar = progress.add_task("ingest", total=None)
+
+        def on_scan(row: ScanRow) -> None:
+            progress.advance(bar)
+
+        summary = ingest(
+            source,
+            out,
+            settings,
+            workers=workers,
+            overwrite=overwrite,
+            on_plan=lambda scans: progress.update(bar, total=scans),
+            on_scan=on_scan,
+        )
+    if as_json:
+        print(json.dumps(summary.to_json()))
+    else:
+        _print_ingest(summary, out)
+    if not summary.clean:
+        raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_command(
+    store: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="A store.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what is in a store."""
+    summary = summarise_store(store)
+    if as_json:
+        print(json.dumps(summary.to_json()))
+    else:
+        _print_store(summary, store)
+
+
+@app.command("simulate")
+def simulate_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    participants: Annotated[int, typer.Option(min=1, help="People; about one in twenty has two scans.")],
+    layout: Annotated[Layout, typer.Option(help="ukb (zips) or bids.")] = Layout.ukb,
+    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
+) -> None:
+    """Write a cohort with known effects, for anyone without access to UK Biobank."""
+    if layout not in (Layout.ukb, Layout.bids):
+        raise typer.BadParameter(f"{layout} cohorts are not simulated; choose ukb or bids", param_hint="--layout")
+    with _progress("simulate") as progress:
+        bar = progress.add_task("simulate", total=participants)
+        simulate_cohort(
+            directory,
+            participants,
+            layout=str(layout),
+            seed=seed,
+            progress=lambda done: progress.advance(bar, done),
+        )
+    console.print(f"wrote {participants} simulated participants to {directory}", soft_wrap=True)
+
+
+class _RateColumn(ProgressColumn):
+    """Scans a second."""
+
+    def render(self, task: RichTask) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s")
+
+
+def _progress(name: str) -> Progress:
+    return Progress(
+        TextColumn(name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+        transient=True,
+    )
+
+
+def _print_ingest(summary: IngestSummary, out: Path) -> None:
+    counts = ", ".join(f"{count} {status}" for status, count in summary.status.items())
+    console.print(
+        f"{out}: {summary.scans} scans ({counts}) in {summary.seconds:.1f} s, "
+        f"{summary.volumes_per_second:.1f} volumes/s" + (", simulated data" if summary.simulated else ""),
+        soft_wrap=True,
+        highlight=False,
+    )
+    for source, status, reason in summary.failures[:_SHOWN_FAILURES]:
+        errors.print(f"{status}: {source}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if len(summary.failures) > _SHOWN_FAILURES:
+        errors.print(f"... and {len(summary.failures) - _SHOWN_FAILURES} more; see the column scans/error of {out}")
+    for warning in summary.warnings:
+        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_store(summary: StoreSummary, store: Path) -> None:
+    depth, height, width = summary.grid["shape_zyx"]
+    table = Table(title=str(store), show_header=False, title_justify="left")
+    table.add_row("grid", f"{width} x {height} x {depth} voxels (x, y, z) of {summary.grid['voxel_mm']:g} mm, RAS")
+    table.add_row("space", summary.grid["space"])
+    table.add_row("scans", f"{summary.scans} of {summary.participants} participants")
+    for status, count in summary.status.items():
+        table.add_row(f"  {status}", str(count))
+    ratio = "" if summary.ratio != summary.ratio else f", compressed {summary.ratio:.2f} times"
+    table.add_row("stored", f"{summary.stored_bytes / 1e6:,.1f} MB{ratio}, LZ4 slabs of {summary.slab} planes")
+    table.add_row("simulated", "yes" if summary.simulated else "no")
+    for name, counts in summary.phenotypes.items():
+        table.add_row(f"phenotype {name}", f"{counts['missing']} missing")
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command; expected failures are one line on stderr and exit code 1."""
+    try:
+        app()
+    except (StoreError, SourceError, TableError, FileNotFoundError, FileExistsError) as error:
+        errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(1)

@@ -1,0 +1,197 @@
+"""One scan -> the store's grid: RAS, cropped in MNI152 space, conformed and centred in native space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from ingest.errors import ScanError
+from ingest.grid import MNI152, Grid
+from ingest.nifti import NiftiVolume
+from ingest.sampling import bounding_box_mm, clean, count_outside, sample_trilinear
+
+#: A brain mask of an adult holds at most about 2 litres; a head with its neck 3 and more.
+MAX_BRAIN_ML = 2200
+
+#: How much of the grid a template-space volume must cover; 91x109x91 at 2 mm and 193x229x193 cover all of it.
+MIN_COVERAGE = 0.9
+
+_COARSE_MM = 4.0  # finding a head needs no more detail
+_BRAIN_HEIGHT_MM = 120.0  # below this from the vertex, noses and shoulders would shift the middle
+_VERTEX_MARGIN_MM = 4.0
+
+
+@dataclass(frozen=True)
+class ConformedVolume:
+    """A scan on the store's grid.
+
+    Attributes
+    ----------
+    data
+        float32 (z, y, x), RAS, no negative or non-finite values.
+    cut_off_voxels
+        Non-zero source voxels outside the grid.
+    """
+
+    data: np.ndarray
+    cut_off_voxels: int
+
+
+def conform(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
+    """Put a volume on the grid of the store.
+
+    In MNI152 space the affine alone decides, so that every voxel keeps its place in the template; on FSL's own grid
+    that is a flip and a crop. In native space the volume is resampled to the grid's voxels along the world's axes and
+    centred: on the middle of the non-zero voxels if it is skull-stripped, else on the head.
+
+    Raises
+    ------
+    ScanError
+        ``bad_image`` if nothing positive is in it, ``wrong_shape`` if it covers too little of the grid.
+    """
+    data, affine = to_ras(volume.data, volume.affine)
+    if grid.space == MNI152:
+        return _conform_template(data, affine, volume, grid)
+    return _conform_native(data, affine, volume, grid)
+
+
+def to_ras(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flip and permute the axes so that they point closest to right, anterior, superior.
+
+    Parameters
+    ----------
+    data
+        (z, y, x).
+    affine
+        (4, 4), voxel (x, y, z) -> mm.
+
+    Returns
+    -------
+    data : numpy.ndarray
+        A view, (z, y, x).
+    affine : numpy.ndarray
+        (4, 4), of the view.
+    """
+    xyz = data.transpose(2, 1, 0)
+    orientation = nib.orientations.io_orientation(affine)
+    ras = nib.orientations.apply_orientation(xyz, orientation)
+    return ras.transpose(2, 1, 0), affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
+
+
+def _conform_template(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, grid: Grid) -> ConformedVolume:
+    matrix = np.linalg.inv(affine) @ grid.affine
+    coverage = _coverage(matrix, data.shape, grid.shape_zyx)
+    if coverage < MIN_COVERAGE:
+        raise ScanError(
+            "wrong_shape",
+            f"shape {data.shape[::-1]} covers {coverage:.0%} of the {grid.space} grid, expected {MIN_COVERAGE:.0%}",
+        )
+    out = _sample(data, matrix, volume, grid.shape_zyx)
+    return ConformedVolume(out, cut_off_voxels=0)  # the crop holds all of the template's brain
+
+
+def _conform_native(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, grid: Grid) -> ConformedVolume:
+    values = clean(data, volume.slope, volume.inter)
+    linear = np.ascontiguousarray(affine[:3, :3])
+    low, high, count = bounding_box_mm(values, linear, 0.0)
+    if count == 0:
+        raise ScanError("bad_image", "no positive voxel")
+    half_mm = np.array(grid.shape_zyx[::-1]) * grid.voxel_mm / 2
+    threshold = 0.0
+    centre = (low + high) / 2
+    below = half_mm
+    if count * abs(np.linalg.det(linear)) / 1000 > MAX_BRAIN_ML:
+        centre, threshold = _head_centre(values, linear, half_mm)
+        below = np.array([half_mm[0], half_mm[1], np.inf])  # a neck is meant to be cut off
+
+    inverse = np.linalg.inv(linear)
+    matrix = np.eye(4)
+    matrix[:3, :3] = inverse * grid.voxel_mm
+    matrix[:3, 3] = inverse @ centre + matrix[:3, :3] @ grid.affine[:3, 3] / grid.voxel_mm
+    if np.allclose(matrix[:3, :3], np.eye(3), atol=1e-6):
+        matrix[:3, 3] = np.floor(matrix[:3, 3])  # same voxels: shift by whole ones rather than blur by half of one
+    out = np.empty(grid.shape_zyx, np.float32)
+    sample_trilinear(values, matrix, out)
+    cut_off = 0
+    if (low < centre - below).any() or (high > centre + half_mm).any():
+        cut_off = count_outside(values, linear, threshold, centre - below, centre + half_mm)
+    return ConformedVolume(out, cut_off)
+
+
+def _sample(data: np.ndarray, matrix: np.ndarray, volume: NiftiVolume, shape: tuple[int, int, int]) -> np.ndarray:
+    """Crop where the matrix is a whole-voxel shift, else interpolate."""
+    shift = np.rint(matrix[:3, 3]).astype(int)
+    if np.allclose(matrix[:3, :3], np.eye(3), atol=1e-4) and np.allclose(matrix[:3, 3], shift, atol=1e-2):
+        out = np.zeros(shape, np.float32)
+        start, target = [], []
+        for offset, length, available in zip(shift[::-1], shape, data.shape, strict=True):
+            first, last = max(0, offset), min(available, offset + length)
+            start.append(slice(first, last))
+            target.append(slice(first - offset, last - offset))
+        out[tuple(target)] = clean(data[tuple(start)], volume.slope, volume.inter)
+        return out
+    out = np.empty(shape, np.float32)
+    sample_trilinear(clean(data, volume.slope, volume.inter), matrix, out)
+    return out
+
+
+def _coverage(matrix: np.ndarray, source_zyx: tuple[int, ...], grid_zyx: tuple[int, ...], step: int = 8) -> float:
+    """Return the share of the grid that lies inside the source's field of view."""
+    axes = [np.arange(0, n, step) for n in grid_zyx[::-1]]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    index = points @ matrix[:3, :3].T + matrix[:3, 3]
+    inside = (index >= -0.5) & (index <= np.array(source_zyx[::-1]) - 0.5)
+    return float(inside.all(axis=1).mean())
+
+
+def _head_centre(values: np.ndarray, linear: np.ndarray, half_mm: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return where the grid's centre goes in a scan with skull, and the intensity that parts head from air.
+
+    The head is the largest component above Otsu's threshold. Its vertex goes to the top of the grid, for what is below
+    (neck, shoulders) depends on the scanner's field of view; left-right and front-back it is the middle of the part that
+    holds the brain.
+
+    Returns
+    -------
+    centre : numpy.ndarray
+        float64 (3,), (x, y, z) in mm, without the affine's translation.
+    threshold : float
+    """
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in values.shape[::-1]], indexing="ij")).reshape(3, -1)
+    low, high = (linear @ corners).min(axis=1), (linear @ corners).max(axis=1)
+    shape_xyz = np.ceil((high - low) / _COARSE_MM).astype(int) + 1
+    inverse = np.linalg.inv(linear)
+    matrix = np.eye(4)
+    matrix[:3, :3] = inverse * _COARSE_MM
+    matrix[:3, 3] = inverse @ low
+    coarse = np.empty(tuple(shape_xyz[::-1]), np.float32)
+    sample_trilinear(values, matrix, coarse)
+
+    threshold = otsu_threshold(coarse[coarse > 0])
+    labels, found = ndimage.label(coarse > threshold)
+    if found == 0:
+        raise ScanError("bad_image", "all positive voxels have the same intensity")
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    z, y, x = np.nonzero(labels == sizes.argmax())
+    top = z.max()
+    brain = z > top - _BRAIN_HEIGHT_MM / _COARSE_MM
+    middle = np.array([(x[brain].min() + x[brain].max()) / 2, (y[brain].min() + y[brain].max()) / 2, float(top)])
+    centre = low + middle * _COARSE_MM
+    centre[2] += _VERTEX_MARGIN_MM - half_mm[2]
+    return centre, threshold
+
+
+def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
+    """Return the threshold that best parts `values` in two classes (Otsu 1979, doi 10.1109/TSMC.1979.4310076)."""
+    counts, edges = np.histogram(values, bins=bins, range=(0, np.percentile(values, 99.5)))
+    middles = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sum_below = np.cumsum(counts * middles)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sum_below / below - (sum_below[-1] - sum_below) / above) ** 2
+    return float(edges[1:][np.nanargmax(between[:-1])])

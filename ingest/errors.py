@@ -1,0 +1,32 @@
+"""Errors of the package. Each names the value, what was expected and the fix."""
+
+from __future__ import annotations
+
+
+class StoreError(ValueError):
+    """A store (or embedding file) that cannot be used as asked."""
+
+
+class SourceError(FileNotFoundError):
+    """A source folder in which no scans can be found."""
+
+
+class TableError(ValueError):
+    """A phenotype table that cannot be read or joined."""
+
+
+class ScanError(Exception):
+    """One scan that cannot be stored; it becomes a row of the store, never the end of a run.
+
+    Parameters
+    ----------
+    status
+        One of `ingest.scan.STATUSES`.
+    reason
+        A sentence for the ``error`` column.
+    """
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(status, reason)
+        self.status = status
+        self.reason = reason

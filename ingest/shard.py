@@ -1,0 +1,75 @@
+"""The bytes of one shard: a whole scan as independent LZ4 slabs with a dense index at the end.
+
+Layout (that of Zarr v3's ``sharding_indexed`` codec, so zarr-python and xarray read it; every slab is present)::
+
+    slab 0 | slab 1 | ... | index: uint64 (offset, nbytes) per slab | crc32c of the index
+    slab = raw length (uint32) | LZ4 block | crc32c (uint32)            all little-endian
+
+The raw LZ4 block of a slab is bytes ``offset + 4`` to ``offset + nbytes - 4``: what a GPU inflates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numcodecs import lz4
+
+SLAB_HEADER = 4  # raw length
+CRC_BYTES = 4
+INDEX_ENTRY = 16
+
+
+def index_bytes(slabs: int) -> int:
+    """Return the size of the index at the end of a shard, with its checksum."""
+    return slabs * INDEX_ENTRY + CRC_BYTES
+
+
+def encode_shard(volume: np.ndarray, slab: int) -> bytes:
+    """Compress a volume into a shard.
+
+    Parameters
+    ----------
+    volume
+        (z, y, x), C-contiguous; z a multiple of `slab`.
+    slab
+        Planes per slab.
+    """
+    depth = volume.shape[0]
+    if depth % slab:
+        raise ValueError(f"{depth} planes cannot be cut into slabs of {slab}; choose a divisor of {depth}")
+    payloads: list[bytes] = []
+    for start in range(0, depth, slab):
+        payload = lz4.compress(volume[start : start + slab])
+        payloads += [payload, _crc(payload)]
+    sizes = np.array([len(payload) + CRC_BYTES for payload in payloads[::2]], dtype="<u8")
+    index = np.stack([np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes], axis=1).astype("<u8").tobytes()
+    return b"".join([*payloads, index, _crc(index)])
+
+
+def _crc(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
+
+
+def shard_path(store: Path, row: int) -> Path:
+    """Return where the shard of a row lies in a store."""
+    return store / "volumes" / "c" / str(row) / "0" / "0" / "0"
+
+
+def write_shard(path: Path, content: bytes) -> None:
+    """Write a shard so that it is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise

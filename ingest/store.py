@@ -1,0 +1,238 @@
+"""The version-1 store on disk: creating it, its columns, opening it. `docs/store-format.md` is its specification."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import zarr
+
+from ingest.errors import StoreError
+from ingest.grid import Grid
+from ingest.scan import ScanRow
+
+FORMAT = "brain-volumes"
+FORMAT_VERSION = 1
+
+#: Planes per slab: about 123 KB each, enough for a CPU and small enough for a GPU to have thousands in flight.
+DEFAULT_SLAB = 4
+
+
+@dataclass(frozen=True)
+class VolumeStore:
+    """An open store.
+
+    Attributes
+    ----------
+    path
+        Folder of the store.
+    attrs
+        Its attributes: format, grid, intensity rule, ``simulated``, settings, versions, ``store_id``.
+    grid
+        The grid of every volume.
+    slab
+        Planes per slab.
+    scans
+        One row per scan found (see `ingest.scan.ScanRow`), good or not.
+    phenotypes
+        float64, one row per scan, one column per variable, NaN = missing.
+    variables
+        Attributes of each phenotype: field, instance, coding, units, task, labels.
+    """
+
+    path: Path
+    attrs: dict[str, Any]
+    grid: Grid
+    slab: int
+    scans: pd.DataFrame
+    phenotypes: pd.DataFrame
+    variables: dict[str, dict[str, Any]]
+
+    @property
+    def ok_rows(self) -> np.ndarray:
+        """Rows (int64) that hold a volume."""
+        return np.flatnonzero(self.scans["status"].to_numpy() == "ok")
+
+
+@contextlib.contextmanager
+def quiet_zarr() -> Iterator[None]:
+    """Silence zarr's warning that numcodecs' LZ4 is no core codec of Zarr v3: the format is chosen, and documented."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
+        yield
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Return the versions of installed distributions, for provenance; those not installed are left out."""
+    found = {}
+    for name in ("brain-volumes", *names):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def create_store(
+    path: Path, scans: int, grid: Grid, *, slab: int = DEFAULT_SLAB, attrs: Mapping[str, Any] | None = None
+) -> None:
+    """Create an empty store: attributes and the ``volumes`` array without shards.
+
+    Parameters
+    ----------
+    path
+        A folder that does not exist yet.
+    scans
+        Rows.
+    attrs
+        More attributes (intensity, settings, ...).
+    """
+    depth, height, width = grid.shape_zyx
+    with quiet_zarr():
+        root = zarr.open_group(path, mode="w-", zarr_format=3)
+        root.create_array(
+            "volumes",
+            shape=(scans, depth, height, width),
+            chunks=(1, slab, height, width),
+            shards=(1, depth, height, width),
+            dtype="uint8",
+            compressors=[
+                {"name": "numcodecs.lz4", "configuration": {"acceleration": 1}},
+                {"name": "crc32c", "configuration": {}},
+            ],
+            fill_value=0,
+            dimension_names=("scan", "z", "y", "x"),
+        )
+    root.attrs.update(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "store_id": uuid.uuid4().hex,
+            "grid": grid.to_json(),
+            "created_by": package_versions("zarr", "numcodecs", "nibabel", "numpy"),
+            **(attrs or {}),
+        }
+    )
+
+
+def write_column(group: zarr.Group, name: str, values: Any, attrs: Mapping[str, Any] | None = None) -> None:
+    """Write one column: text as Zarr strings, the rest as float64 or int64."""
+    array = np.asarray(values)
+    if array.dtype.kind in "OUT":
+        array = np.array([str(value) for value in array], dtype=np.dtypes.StringDType())
+    elif array.dtype.kind in "iub":
+        array = array.astype(np.int64)
+    else:
+        array = array.astype(np.float64)
+    column = group.create_array(
+        name,
+        shape=array.shape,
+        chunks=(max(1, min(len(array), 1 << 16)),),
+        dtype="string" if array.dtype.kind == "T" else array.dtype,
+        dimension_names=("scan",),
+        overwrite=True,
+    )
+    if len(array):
+        column[:] = array
+    if attrs:
+        column.attrs.update(attrs)
+
+
+def write_scans(path: Path, rows: list[ScanRow]) -> None:
+    """Write the ``scans/`` columns, ``status`` last: while it is absent the store is known to be unfinished."""
+    root = zarr.open_group(path, mode="r+", zarr_format=3)
+    group = root.require_group("scans")
+    names = [field.name for field in fields(ScanRow)]
+    names.sort(key=lambda name: name == "status")
+    for name in names:
+        write_column(group, name, [getattr(row, name) for row in rows])
+
+
+def write_phenotypes(path: Path, table: pd.DataFrame, variables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the ``phenotypes/`` columns with their attributes; `table` has one row per scan."""
+    group = zarr.open_group(path, mode="r+", zarr_format=3).require_group("phenotypes")
+    for name in table.columns:
+        write_column(group, str(name), table[name].to_numpy(np.float64), variables.get(str(name)))
+
+
+def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
+    """Add attributes to a store."""
+    zarr.open_group(path, mode="r+", zarr_format=3).attrs.update(attrs)
+
+
+def read_columns(group: zarr.Group) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Read every column of a group, and the attributes of each."""
+    columns: dict[str, np.ndarray] = {}
+    attrs: dict[str, dict[str, Any]] = {}
+    for name, array in sorted(group.arrays()):
+        values = np.asarray(array[:])
+        columns[name] = values.astype(object) if values.dtype.kind in "OUT" else values
+        attrs[name] = dict(array.attrs)
+    return pd.DataFrame(columns), attrs
+
+
+def check_format(attrs: Mapping[str, Any], path: Path, *, name: str, known: int) -> None:
+    """Refuse what this version of the package cannot read.
+
+    Raises
+    ------
+    StoreError
+        With the version found and what to do.
+    """
+    if attrs.get("format") != name:
+        raise StoreError(f"{path} is not a {name} store (format is {attrs.get('format')!r}, expected {name!r})")
+    if attrs.get("format_version") != known:
+        raise StoreError(
+            f"{path} has {name} format version {attrs.get('format_version')!r}, this package reads version {known}; "
+            "install the package version named in its 'created_by' attribute, or make it again"
+        )
+
+
+def open_store(path: str | Path) -> VolumeStore:
+    """Open a store and read its tables (not its voxels).
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no Zarr group.
+    StoreError
+        If it is something else, of an unknown version, or unfinished.
+    """
+    path = Path(path)
+    if not (path / "zarr.json").is_file():
+        raise FileNotFoundError(f"no store at {path}; make one with: ingest SRC {path}")
+    with quiet_zarr():
+        root = zarr.open_group(path, mode="r", zarr_format=3)
+        attrs = json.loads(json.dumps(dict(root.attrs)))
+        check_format(attrs, path, name=FORMAT, known=FORMAT_VERSION)
+        if "scans/status" not in root:
+            raise StoreError(f"{path} is unfinished: its scans/status column is absent; run ingest on it again")
+        volumes = root["volumes"]
+        assert isinstance(volumes, zarr.Array)
+        scans, _ = read_columns(_group(root, "scans"))
+        phenotypes, variables = read_columns(_group(root, "phenotypes")) if "phenotypes" in root else (None, {})
+    if phenotypes is None or phenotypes.empty:
+        phenotypes = pd.DataFrame(index=range(len(scans)))
+    return VolumeStore(
+        path=path,
+        attrs=attrs,
+        grid=Grid.from_json(attrs["grid"]),
+        slab=int(volumes.chunks[1]),
+        scans=scans,
+        phenotypes=phenotypes,
+        variables=variables,
+    )
+
+
+def _group(root: zarr.Group, name: str) -> zarr.Group:
+    group = root[name]
+    if not isinstance(group, zarr.Group):
+        raise StoreError(f"{name} is an array, expected a group of columns")
+    return group
