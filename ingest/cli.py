@@ -9,17 +9,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Task as RichTask
 from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
 from ingest.errors import SourceError, StoreError, TableError
 from ingest.inspection import StoreSummary, summarise_store
 from ingest.layouts import Layout
+from ingest.progress import progress_bar
 from ingest.run import IngestSettings, IngestSummary, Space, ingest
-from ingest.scan import ScanRow
 from ingest.simulate import simulate_cohort
 from ingest.store import DEFAULT_SLAB
 
@@ -52,11 +49,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 
 @app.command("run")
 def run_command(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="UK Biobank zips, a BIDS tree, or a folder of NIfTI files.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="UK Biobank zips, a BIDS tree, or a folder of NIfTI files.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The store to make.")],
     layout: Annotated[Layout, typer.Option(help="How the scans are named.")] = Layout.auto,
-    image: Annotated[str | None, typer.Option(help="UKB: member (T1_brain); BIDS: suffix (T1w); flat: part of the name.")] = None,
-    space: Annotated[Space, typer.Option(help="Space of the store; auto: that of the first readable scan.")] = Space.auto,
+    image: Annotated[
+        str | None, typer.Option(help="UKB: member (T1_brain); BIDS: suffix (T1w); flat: part of the name.")
+    ] = None,
+    space: Annotated[
+        Space, typer.Option(help="Space of the store; auto: that of the first readable scan.")
+    ] = Space.auto,
     phenotypes: Annotated[Path | None, typer.Option(help="CSV, TSV or parquet to join by participant.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 works in this one.")] = 0,
     slab: Annotated[int, typer.Option(min=1, help="Planes per LZ4 slab.")] = DEFAULT_SLAB,
@@ -65,12 +68,8 @@ def run_command(
 ) -> None:
     """Ingest the scans of a folder (the default command)."""
     settings = IngestSettings(layout=layout, image=image, space=space, phenotypes=phenotypes, slab=slab)
-    with _progress("ingest") as progress:
+    with progress_bar("ingest", errors) as progress:
         bar = progress.add_task("ingest", total=None)
-
-        def on_scan(row: ScanRow) -> None:
-            progress.advance(bar)
-
         summary = ingest(
             source,
             out,
@@ -78,7 +77,7 @@ def run_command(
             workers=workers,
             overwrite=overwrite,
             on_plan=lambda scans: progress.update(bar, total=scans),
-            on_scan=on_scan,
+            on_scan=lambda _: progress.advance(bar),
         )
     if as_json:
         print(json.dumps(summary.to_json()))
@@ -111,7 +110,7 @@ def simulate_command(
     """Write a cohort with known effects, for anyone without access to UK Biobank."""
     if layout not in (Layout.ukb, Layout.bids):
         raise typer.BadParameter(f"{layout} cohorts are not simulated; choose ukb or bids", param_hint="--layout")
-    with _progress("simulate") as progress:
+    with progress_bar("simulate", errors) as progress:
         bar = progress.add_task("simulate", total=participants)
         simulate_cohort(
             directory,
@@ -121,26 +120,6 @@ def simulate_command(
             progress=lambda done: progress.advance(bar, done),
         )
     console.print(f"wrote {participants} simulated participants to {directory}", soft_wrap=True)
-
-
-class _RateColumn(ProgressColumn):
-    """Scans a second."""
-
-    def render(self, task: RichTask) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.1f}/s")
-
-
-def _progress(name: str) -> Progress:
-    return Progress(
-        TextColumn(name),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-        disable=not errors.is_terminal,
-        transient=True,
-    )
 
 
 def _print_ingest(summary: IngestSummary, out: Path) -> None:

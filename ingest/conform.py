@@ -150,9 +150,9 @@ def _coverage(matrix: np.ndarray, source_zyx: tuple[int, ...], grid_zyx: tuple[i
 def _head_centre(values: np.ndarray, linear: np.ndarray, half_mm: np.ndarray) -> tuple[np.ndarray, float]:
     """Return where the grid's centre goes in a scan with skull, and the intensity that parts head from air.
 
-    The head is the largest component above Otsu's threshold. Its vertex goes to the top of the grid, for what is below
-    (neck, shoulders) depends on the scanner's field of view; left-right and front-back it is the middle of the part that
-    holds the brain.
+    The head is the largest component above Otsu's threshold. Its vertex goes to the top of the grid, for what is
+    below (neck, shoulders) depends on the scanner's field of view; left-right and front-back it is the middle of the
+    part that holds the brain.
 
     Returns
     -------

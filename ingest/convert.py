@@ -63,7 +63,9 @@ def volume_space(source: ScanSource, volume: NiftiVolume) -> str:
     return space_of(name, volume.affine, volume.data.shape[::-1], volume.form_code)
 
 
-def convert_scan(source: ScanSource, row: int, store: Path, grid: Grid, rule: IntensityRule, slab: int) -> ConvertedScan:
+def convert_scan(
+    source: ScanSource, row: int, store: Path, grid: Grid, rule: IntensityRule, slab: int
+) -> ConvertedScan:
     """Read, conform, quantise and store one scan.
 
     Parameters
@@ -85,7 +87,9 @@ def convert_scan(source: ScanSource, row: int, store: Path, grid: Grid, rule: In
         simulated = volume.description.startswith(SIMULATED_PREFIX)
         space = volume_space(source, volume)
         if space != grid.space:
-            raise ScanError("wrong_shape", f"the scan is in {space} space, this store holds {grid.space}; ingest it apart")
+            raise ScanError(
+                "wrong_shape", f"the scan is in {space} space, this store holds {grid.space}; ingest it apart"
+            )
         conformed = conform(volume, grid)
         stored = to_grey_levels(conformed.data, rule)
     except ScanError as error:

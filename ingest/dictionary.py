@@ -46,11 +46,23 @@ VARIABLES = (
         738,
         "ordinal",
         units="GBP a year before tax",
-        labels={1: "less than 18,000", 2: "18,000 to 30,999", 3: "31,000 to 51,999", 4: "52,000 to 100,000", 5: "greater than 100,000"},
+        labels={
+            1: "less than 18,000",
+            2: "18,000 to 30,999",
+            3: "31,000 to 51,999",
+            4: "52,000 to 100,000",
+            5: "greater than 100,000",
+        },
     ),
     Variable("fluid_intelligence", 20016, "continuous", units="right answers"),
     Variable("smoking", 20116, "multiclass", labels={0: "never", 1: "previous", 2: "current"}),
-    Variable("site", 54, "multiclass", labels={11025: "Cheadle", 11026: "Reading", 11027: "Newcastle", 11028: "Bristol"}, confound=True),
+    Variable(
+        "site",
+        54,
+        "multiclass",
+        labels={11025: "Cheadle", 11026: "Reading", 11027: "Newcastle", 11028: "Bristol"},
+        confound=True,
+    ),
     Variable("head_size", 25000, "continuous", units="volumetric scaling from head to MNI152", confound=True),
 )
 

@@ -39,7 +39,9 @@ UKB_FIELDS = {
 BIDS_SUFFIX = "T1w"
 
 _UKB_NAME = re.compile(r"^(?P<eid>\d+)_(?P<field>\d+)_(?P<instance>\d+)_(?P<array>\d+)\.zip$")
-_BIDS_NAME = re.compile(r"^sub-(?P<sub>[0-9A-Za-z]+)(?P<entities>(_[a-z]+-[0-9A-Za-z+]+)*)_(?P<suffix>[0-9A-Za-z]+)\.nii(\.gz)?$")
+_BIDS_NAME = re.compile(
+    r"^sub-(?P<sub>[0-9A-Za-z]+)(?P<entities>(_[a-z]+-[0-9A-Za-z+]+)*)_(?P<suffix>[0-9A-Za-z]+)\.nii(\.gz)?$"
+)
 _NIFTI_SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 
 

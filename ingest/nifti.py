@@ -1,7 +1,7 @@
 """NIfTI bytes -> voxels and affine, several times faster than reading through nibabel's file objects.
 
-nibabel parses the header; libdeflate inflates the whole file at once, in memory bounded by what the header
-announces. The bytes of a NIfTI file keep x fastest, so they already are a C-ordered (z, y, x) array: nothing is transposed.
+nibabel parses the header; libdeflate inflates the whole file at once, in memory bounded by what the header announces.
+The bytes of a NIfTI file keep x fastest, so they already are a C-ordered (z, y, x) array: nothing is transposed.
 """
 
 from __future__ import annotations

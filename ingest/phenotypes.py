@@ -1,4 +1,4 @@
-"""Phenotype tables: UK Biobank's many spellings and codes, or any table with a participant column -> floats per scan."""
+"""Phenotype tables -> floats per scan: UK Biobank's many spellings and codes, or any table of participants."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ import pandas as pd
 from ingest.dictionary import BY_FIELD, BY_NAME, Variable
 from ingest.errors import TableError
 
-ID_COLUMNS = ("eid", "f.eid", "participant.eid", "n_eid", "participant id", "participant_id", "participant", "subject_id", "subject", "id")
+ID_COLUMNS = (
+    "eid",
+    "f.eid",
+    "participant.eid",
+    "n_eid",
+    "participant id",
+    "participant_id",
+    "participant",
+    "subject_id",
+    "subject",
+    "id",
+)
 
 _MISSING = {"", "na", "n/a", "nan", "none", "null", "."}
 _NO_ANSWER = {"do not know", "prefer not to answer", "not known"}
@@ -163,7 +174,9 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     if path.suffix.lower() == ".parquet":
         return pd.read_parquet(path, columns=columns).astype(object).map(lambda v: "" if pd.isna(v) else str(v))
     try:
-        return pd.read_csv(path, sep=_separator(path), usecols=columns, dtype=str, keep_default_na=False, encoding="utf-8-sig")[columns]
+        return pd.read_csv(
+            path, sep=_separator(path), usecols=columns, dtype=str, keep_default_na=False, encoding="utf-8-sig"
+        )[columns]
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise TableError(f"{path} cannot be read as a table: {error}") from None
 
@@ -186,16 +199,16 @@ def _ukb_variables(
                 here = instance_of_scan == instance
                 values[here] = _coded(rows[column], variable, notes)[here]
         table[variable.name] = values
-        variables[variable.name] = _attributes(variable, "0" if set(by_instance) == {0} else "that of the scan's session")
+        variables[variable.name] = _attributes(
+            variable, "0" if set(by_instance) == {0} else "that of the scan's session"
+        )
     if not table:
         fields = ", ".join(f"{v.ukb_field} ({v.name})" for v in BY_FIELD.values())
         raise TableError(f"{path} holds none of the known UK Biobank fields; expected some of {fields}")
     return table, variables
 
 
-def _plain_variables(
-    rows: pd.DataFrame, notes: _Notes
-) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+def _plain_variables(rows: pd.DataFrame, notes: _Notes) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
     table: dict[str, np.ndarray] = {}
     variables: dict[str, dict[str, Any]] = {}
     for name in rows.columns:
@@ -204,8 +217,22 @@ def _plain_variables(
         present = text[~text.str.lower().isin(_MISSING | _NO_ANSWER)]
         numbers = pd.to_numeric(present, errors="coerce")
         if numbers.notna().all():
-            values = _coded(rows[name], known, notes) if known else pd.to_numeric(text, errors="coerce").to_numpy(np.float64)
-            attributes = _attributes(known, None) if known else {"field": None, "instance": None, "coding": None, "units": None, "task": None, "labels": None, "confound": False}
+            values = (
+                _coded(rows[name], known, notes) if known else pd.to_numeric(text, errors="coerce").to_numpy(np.float64)
+            )
+            attributes = (
+                _attributes(known, None)
+                if known
+                else {
+                    "field": None,
+                    "instance": None,
+                    "coding": None,
+                    "units": None,
+                    "task": None,
+                    "labels": None,
+                    "confound": False,
+                }
+            )
         else:
             categories = sorted(present.str.lower().unique())
             if len(categories) > _MAX_CATEGORIES:
@@ -247,7 +274,7 @@ def _coded(column: pd.Series, variable: Variable, notes: _Notes) -> np.ndarray:
     """Turn codes or decoded labels into numbers; negative codes and refusals are missing."""
     text = _stripped(column).str.lower()
     codes = {label.lower(): float(code) for code, label in variable.labels.items()}
-    numbers = pd.to_numeric(text.map(codes).where(text.isin(list(codes)), text), errors="coerce")
+    numbers = text.map(codes).fillna(pd.to_numeric(text, errors="coerce"))
     strange = text[numbers.isna() & ~text.isin(_MISSING | _NO_ANSWER)]
     values = numbers.where(numbers >= 0).to_numpy(np.float64)
     if variable.labels:

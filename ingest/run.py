@@ -232,9 +232,7 @@ def _phenotypes(source: Path, layout: Layout, table: Path | None, sources: list[
     return join_phenotypes(table, [s.participant for s in sources], [s.session for s in sources])
 
 
-def _summarise(
-    rows: list[ScanRow], seconds: float, phenotypes: Phenotypes | None, *, simulated: bool
-) -> IngestSummary:
+def _summarise(rows: list[ScanRow], seconds: float, phenotypes: Phenotypes | None, *, simulated: bool) -> IngestSummary:
     warnings = list(phenotypes.warnings) if phenotypes else []
     cut = [row for row in rows if row.cut_off_voxels]
     if cut:

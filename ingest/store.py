@@ -167,14 +167,16 @@ def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
     zarr.open_group(path, mode="r+", zarr_format=3).attrs.update(attrs)
 
 
-def read_columns(group: zarr.Group) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """Read every column of a group, and the attributes of each."""
+def read_columns(root: zarr.Group, name: str) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Read every column of the group `name`, and the attributes of each; an absent group has no columns."""
     columns: dict[str, np.ndarray] = {}
     attrs: dict[str, dict[str, Any]] = {}
-    for name, array in sorted(group.arrays()):
-        values = np.asarray(array[:])
-        columns[name] = values.astype(object) if values.dtype.kind in "OUT" else values
-        attrs[name] = dict(array.attrs)
+    group = root.get(name)
+    if isinstance(group, zarr.Group):
+        for column, array in sorted(group.arrays()):
+            values = np.asarray(array[:])
+            columns[column] = values.astype(object) if values.dtype.kind in "OUT" else values
+            attrs[column] = dict(array.attrs)
     return pd.DataFrame(columns), attrs
 
 
@@ -216,23 +218,14 @@ def open_store(path: str | Path) -> VolumeStore:
             raise StoreError(f"{path} is unfinished: its scans/status column is absent; run ingest on it again")
         volumes = root["volumes"]
         assert isinstance(volumes, zarr.Array)
-        scans, _ = read_columns(_group(root, "scans"))
-        phenotypes, variables = read_columns(_group(root, "phenotypes")) if "phenotypes" in root else (None, {})
-    if phenotypes is None or phenotypes.empty:
-        phenotypes = pd.DataFrame(index=range(len(scans)))
+        scans, _ = read_columns(root, "scans")
+        phenotypes, variables = read_columns(root, "phenotypes")
     return VolumeStore(
         path=path,
         attrs=attrs,
         grid=Grid.from_json(attrs["grid"]),
         slab=int(volumes.chunks[1]),
         scans=scans,
-        phenotypes=phenotypes,
+        phenotypes=phenotypes.reindex(range(len(scans))),
         variables=variables,
     )
-
-
-def _group(root: zarr.Group, name: str) -> zarr.Group:
-    group = root[name]
-    if not isinstance(group, zarr.Group):
-        raise StoreError(f"{name} is an array, expected a group of columns")
-    return group

@@ -29,7 +29,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
     from distributed import Client, LocalCluster, as_completed
 
     with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,  # type: ignore[no-untyped-call]
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         waiting = iter(tasks)

@@ -1,0 +1,157 @@
+"""A frozen torchvision network without its classifier: stored grey levels in, features out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.video import r3d_18
+
+from extract.views import View, slices_of
+from extract.weights import Weights, WeightsUnavailableError, load_weights
+
+MODELS = {"resnet18": resnet18, "r3d_18": r3d_18}
+
+#: The 3D models take whole volumes, the 2D ones slices.
+MODELS_3D = frozenset({"r3d_18"})
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen network and how its input is prepared.
+
+    Attributes
+    ----------
+    network
+        In evaluation mode, without its last linear layer.
+    view, slices
+        What a 2D network sees of a volume; `View.volume` for a 3D one.
+    scale
+        Factor by which the input is resized (by area averaging).
+    """
+
+    network: nn.Module
+    model: str
+    weights: Weights
+    view: View
+    slices: int
+    scale: float
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the features of some scans.
+
+        Parameters
+        ----------
+        images
+            uint8 (scan, z, y, x), RAS.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 (scan, feature) on the CPU; in 2D the mean over all slices.
+        """
+        images = images.to(self.device, non_blocking=True)
+        if self.view is View.volume:
+            return self._features(images[:, None]).cpu()
+        groups = slices_of(images, self.view, self.slices)
+        features = [self._features(group.flatten(0, 1)[:, None]).unflatten(0, group.shape[:2]) for group in groups]
+        return torch.cat(features, dim=1).mean(dim=1).cpu()
+
+    def _features(self, grey: torch.Tensor) -> torch.Tensor:
+        """uint8 (item, 1, [z,] y, x) -> float32 (item, feature)."""
+        spatial = grey.ndim - 2
+        x = grey.float() / 255
+        if self.scale != 1:
+            x = nn.functional.interpolate(x, size=[max(1, round(n * self.scale)) for n in x.shape[2:]], mode="area")
+        mean = torch.tensor(self.weights.mean, device=x.device).view(1, 3, *[1] * spatial)
+        std = torch.tensor(self.weights.std, device=x.device).view(1, 3, *[1] * spatial)
+        x = (x - mean) / std  # one grey channel becomes three
+        x = x.contiguous(memory_format=torch.channels_last_3d if spatial == 3 else torch.channels_last)
+        features: torch.Tensor = self.network(x)
+        return features
+
+
+def build_encoder(
+    model: str = "resnet18",
+    *,
+    weights: str | None = None,
+    view: View | None = None,
+    slices: int = 3,
+    scale: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> Encoder:
+    """Build a frozen encoder.
+
+    Parameters
+    ----------
+    model
+        ``resnet18`` (2D) or ``r3d_18`` (3D).
+    weights
+        See `extract.weights.load_weights`; by default the pretrained ones of the model.
+    view
+        Slices that a 2D model sees, by default `View.triplanar`; a 3D model takes `View.volume`.
+    slices
+        Per view, evenly spaced.
+    scale
+        Resizes the input, for instance 0.5 for half resolution.
+    seed
+        Of random weights.
+    device
+        ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown model, or a view that does not go with it.
+    WeightsUnavailableError
+        If the weights cannot be had or do not fit the model.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is unknown, expected one of {', '.join(MODELS)}")
+    if view is None:
+        view = View.volume if model in MODELS_3D else View.triplanar
+    if (view is View.volume) != (model in MODELS_3D):
+        expected = "volume" if model in MODELS_3D else "axial, coronal, sagittal or triplanar"
+        raise ValueError(f"view {view!s} does not go with {model}, expected {expected}")
+    if slices < 1:
+        raise ValueError(f"slices is {slices}, expected 1 or more")
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale is {scale}, expected more than 0 and at most 1")
+    loaded = load_weights(model, weights or ("kinetics" if model in MODELS_3D else "imagenet"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: nn.Module = MODELS[model](weights=None)
+    network.fc = nn.Identity()
+    if loaded.state_dict is None:
+        loaded = replace(loaded, name=f"random (seed {seed})", sha256=_sha256_of_parameters(network))
+    else:
+        _fill(network, loaded, model)
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    network = network.eval().to(chosen)
+    network.to(memory_format=torch.channels_last_3d if model in MODELS_3D else torch.channels_last)
+    return Encoder(network, model, loaded, view, slices, scale, chosen)
+
+
+def _fill(network: nn.Module, weights: Weights, model: str) -> None:
+    """Load a state dict; its classifier is left out, all else must fit."""
+    assert weights.state_dict is not None
+    state = {key: value for key, value in weights.state_dict.items() if not key.startswith("fc.")}
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise WeightsUnavailableError(f"{weights.name} does not fit {model}: {detail[:400]}") from None
+
+
+def _sha256_of_parameters(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
