@@ -102,10 +102,10 @@ def _conform_native(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, g
     half_mm = np.array(grid.shape_zyx[::-1]) * grid.voxel_mm / 2
     threshold = 0.0
     centre = (low + high) / 2
-    below = half_mm
+    floor = -np.inf
     if count * abs(np.linalg.det(linear)) / 1000 > MAX_BRAIN_ML:
         centre, threshold = _head_centre(values, linear, half_mm)
-        below = np.array([half_mm[0], half_mm[1], np.inf])  # a neck is meant to be cut off
+        floor = centre[2] - half_mm[2]  # a neck is meant to be cut off
 
     inverse = np.linalg.inv(linear)
     matrix = np.eye(4)
@@ -116,8 +116,8 @@ def _conform_native(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, g
     out = np.empty(grid.shape_zyx, np.float32)
     sample_trilinear(values, matrix, out)
     cut_off = 0
-    if (low < centre - below).any() or (high > centre + half_mm).any():
-        cut_off = count_outside(values, linear, threshold, centre - below, centre + half_mm)
+    if (low < centre - half_mm).any() or (high > centre + half_mm).any():
+        cut_off = count_outside(values, linear, threshold, centre - half_mm, centre + half_mm, floor)
     return ConformedVolume(out, cut_off)
 
 

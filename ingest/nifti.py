@@ -6,6 +6,7 @@ The bytes of a NIfTI file keep x fastest, so they already are a C-ordered (z, y,
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from dataclasses import dataclass
 
@@ -128,7 +129,7 @@ def _volume_shape(header: nib.Nifti1Header) -> tuple[int, int, int]:
 def _real_dtype(header: nib.Nifti1Header) -> np.dtype:
     try:
         dtype = header.get_data_dtype()
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):
         raise ScanError("bad_nifti", f"unknown datatype code {int(header['datatype'])}") from None
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise ScanError("unsupported", f"voxels of type {dtype}, expected integers or floats of at most 64 bits")
@@ -155,11 +156,12 @@ def _affine(header: nib.Nifti1Header) -> tuple[np.ndarray, int]:
 
 def _inflate(content: bytes, size: int) -> bytes | bytearray:
     """Inflate the first `size` bytes; whatever the file claims, no more memory than that is used."""
-    try:
-        return deflate.gzip_decompress(content, size)
-    except deflate.DeflateError:
-        # Many members, bytes after the image, or damage: zlib goes through them one by one and says which it is.
-        return _inflate_members(content, size, verify=True)
+    with contextlib.suppress(deflate.DeflateError):
+        inflated = deflate.gzip_decompress(content, size)
+        if len(inflated) == size:
+            return inflated
+    # Many members, bytes after the image, or damage: zlib goes through them one by one and says which it is.
+    return _inflate_members(content, size, verify=True)
 
 
 def _inflate_members(content: bytes, size: int, *, verify: bool) -> bytes:

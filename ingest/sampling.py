@@ -105,8 +105,8 @@ def bounding_box_mm(volume: np.ndarray, linear: np.ndarray, threshold: float) ->
 
 
 @numba.njit(cache=True, nogil=True)
-def count_outside(volume: np.ndarray, linear: np.ndarray, threshold: float, low: np.ndarray, high: np.ndarray) -> int:
-    """Count the voxels above `threshold` whose centre lies outside the box `low` to `high`.
+def count_outside(volume: np.ndarray, linear: np.ndarray, threshold: float, low: np.ndarray, high: np.ndarray, floor: float) -> int:
+    """Count the voxels above `threshold` whose centre lies outside the box `low` to `high` and not below `floor`.
 
     Parameters
     ----------
@@ -114,13 +114,16 @@ def count_outside(volume: np.ndarray, linear: np.ndarray, threshold: float, low:
         As in `bounding_box_mm`.
     low, high
         float64 (3,), (x, y, z) in mm, without the affine's translation.
+    floor
+        z in mm; what lies below it does not count.
     """
     count = 0
     depth, height, width = volume.shape
     for z in range(depth):
         for y in range(height):
             for x in range(width):
-                if volume[z, y, x] > threshold:
+                height_mm = linear[2, 0] * x + linear[2, 1] * y + linear[2, 2] * z
+                if volume[z, y, x] > threshold and height_mm >= floor:
                     for axis in range(3):
                         mm = linear[axis, 0] * x + linear[axis, 1] * y + linear[axis, 2] * z
                         if mm < low[axis] or mm > high[axis]:
