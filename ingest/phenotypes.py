@@ -276,7 +276,7 @@ def _coded(column: pd.Series, variable: Variable, notes: _Notes) -> np.ndarray:
     codes = {label.lower(): float(code) for code, label in variable.labels.items()}
     numbers = text.map(codes).fillna(pd.to_numeric(text, errors="coerce"))
     strange = text[numbers.isna() & ~text.isin(_MISSING | _NO_ANSWER)]
-    values = numbers.where(numbers >= 0).to_numpy(np.float64)
+    values = numbers.where(numbers >= 0).to_numpy(np.float64, copy=True)
     if variable.labels:
         outside = ~np.isnan(values) & ~np.isin(values, list(variable.labels))
         strange = pd.concat([strange, text[outside]])

@@ -1,0 +1,37 @@
+# The two commands:  make demo   make test
+# Both create .venv from $(PYTHON) and install the pinned dependencies; a second run finds them there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := build/demo
+PARTICIPANTS ?= 200
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	rm -rf $(DEMO)
+	$(BIN)/ingest simulate $(DEMO)/ukb --participants $(PARTICIPANTS)
+	$(BIN)/ingest $(DEMO)/ukb $(DEMO)/ukb.zarr --phenotypes $(DEMO)/ukb/phenotypes.csv --workers 2
+	$(BIN)/ingest inspect $(DEMO)/ukb.zarr
+	@# Exit code 3: the weights cannot be had (said in one line). Anything else is a failure.
+	$(BIN)/extract $(DEMO)/ukb.zarr $(DEMO)/embeddings.zarr --weights imagenet || \
+	  { test $$? -eq 3 && $(BIN)/extract $(DEMO)/ukb.zarr $(DEMO)/embeddings.zarr --weights random; }
+	$(BIN)/probe $(DEMO)/embeddings.zarr --report $(DEMO)/report.html
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dali,dev,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
