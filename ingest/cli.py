@@ -111,15 +111,16 @@ def simulate_command(
     if layout not in (Layout.ukb, Layout.bids):
         raise typer.BadParameter(f"{layout} cohorts are not simulated; choose ukb or bids", param_hint="--layout")
     with progress_bar("simulate", errors) as progress:
-        bar = progress.add_task("simulate", total=participants)
-        simulate_cohort(
+        bar = progress.add_task("simulate", total=None)
+        scans = simulate_cohort(
             directory,
             participants,
             layout=str(layout),
             seed=seed,
-            progress=lambda done: progress.advance(bar, done),
+            on_plan=lambda scans: progress.update(bar, total=scans),
+            on_scan=lambda: progress.advance(bar),
         )
-    console.print(f"wrote {participants} simulated participants to {directory}", soft_wrap=True)
+    console.print(f"{directory}: {scans} scans of {participants} simulated participants", soft_wrap=True)
 
 
 def _print_ingest(summary: IngestSummary, out: Path) -> None:

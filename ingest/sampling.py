@@ -105,7 +105,9 @@ def bounding_box_mm(volume: np.ndarray, linear: np.ndarray, threshold: float) ->
 
 
 @numba.njit(cache=True, nogil=True)
-def count_outside(volume: np.ndarray, linear: np.ndarray, threshold: float, low: np.ndarray, high: np.ndarray, floor: float) -> int:
+def count_outside(
+    volume: np.ndarray, linear: np.ndarray, threshold: float, low: np.ndarray, high: np.ndarray, floor: float
+) -> int:
     """Count the voxels above `threshold` whose centre lies outside the box `low` to `high` and not below `floor`.
 
     Parameters
