@@ -7,6 +7,7 @@ import pickle
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,10 @@ def _pretrained(model: str, name: str, entry: WeightsEnum) -> Weights:
             )
     try:
         state_dict = entry.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise WeightsUnavailableError(f"{name} weights of {model}: {error}; delete {file} and try again") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsUnavailableError(
+            f"{name} weights of {model} cannot be loaded ({_first_line(error)}); delete {file} and try again"
+        ) from error
     return Weights(name, _sha256(file), dict(state_dict), *_normalisation(entry))
 
 
@@ -123,10 +126,12 @@ def _why_unreachable(url: str) -> str | None:
 
 def _read_state_dict(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about pickles of other versions: what cannot be loaded is an error anyhow
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise WeightsUnavailableError(
-            f"{path} is no state dict that is safe to load: {str(error).splitlines()[0]}; "
+            f"{path} is no state dict that is safe to load: {_first_line(error)}; "
             "save one with torch.save(model.state_dict(), FILE)"
         ) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -134,6 +139,10 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise WeightsUnavailableError(f"{path} holds {type(content).__name__}, expected a state dict of tensors")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _sha256(path: Path) -> str:

@@ -37,7 +37,7 @@ class Effects:
     ventricles_per_decade: float = 0.6
     contrast_per_decade: float = 0.09
     sex_mm: float = 3.8
-    intelligence_mm: float = 0.7
+    intelligence_mm: float = 0.5
     individual_mm: float = 1.0
 
 

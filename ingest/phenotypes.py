@@ -28,6 +28,9 @@ ID_COLUMNS = (
     "id",
 )
 
+#: Instance 2 is the first visit at which UK Biobank makes images.
+FIRST_IMAGING_VISIT = 2
+
 _MISSING = {"", "na", "n/a", "nan", "none", "null", "."}
 _NO_ANSWER = {"do not know", "prefer not to answer", "not known"}
 _MAX_CATEGORIES = 20  # more different texts than this are names or remarks, not categories
@@ -85,7 +88,7 @@ def join_phenotypes(path: Path, participants: Iterable[str], sessions: Iterable[
     """Read a table and look up each scan's participant in it.
 
     In a UK Biobank table the variables of `ingest.dictionary` are taken, each at the instance that is the scan's own
-    session (or at the only instance that the table has, if that is 0). In any other table all columns are taken; texts
+    session (the first imaging visit's for scans without one), or at instance 0 if the table has no other. In any other table all columns are taken; texts
     become codes.
 
     Parameters
@@ -184,7 +187,14 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
 def _ukb_variables(
     rows: pd.DataFrame, wanted: dict[str, UkbColumn], sessions: list[str], path: Path, notes: _Notes
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-    instance_of_scan = np.array([int(s) if s.isdigit() else -1 for s in sessions])
+    instance_of_scan = np.array([int(s) if s.isdigit() else FIRST_IMAGING_VISIT for s in sessions], dtype=np.int64)
+    without = sum(not s.isdigit() for s in sessions)
+    if without:
+        notes.add(f"{without} scans have no session; they get the answers of instance {FIRST_IMAGING_VISIT}")
+    known = {parsed.instance for parsed in wanted.values()}
+    unmatched = int((~np.isin(instance_of_scan, list(known))).sum()) if known - {0} else 0
+    if unmatched:
+        notes.add(f"{unmatched} scans are of a session that no column is of (instances {sorted(known)})")
     table: dict[str, np.ndarray] = {}
     variables: dict[str, dict[str, Any]] = {}
     for field_number, variable in BY_FIELD.items():

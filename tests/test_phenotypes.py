@@ -62,7 +62,11 @@ def test_all_spellings_and_the_instance_of_the_scan(tmp_path, header):
 
 
 def test_decoded_labels_and_commas_in_a_tsv(tmp_path):
-    text = 'eid\tp31\tp738_i2\tp20116_i2\n9000001\tMale\tGreater than 100,000\tNever\n9000002\tFemale\t"18,000 to 30,999"\tPrefer not to answer\n'
+    text = (
+        "eid\tp31\tp738_i2\tp20116_i2\n"
+        "9000001\tMale\tGreater than 100,000\tNever\n"
+        '9000002\tFemale\t"18,000 to 30,999"\tPrefer not to answer\n'
+    )
     found = join(tmp_path, text, "p.tsv")
     np.testing.assert_array_equal(found.table["sex"][[0, 2]], [1, 0])
     np.testing.assert_array_equal(found.table["income"][[0, 2]], [5, 2])
@@ -109,3 +113,12 @@ def test_unusable_tables_are_refused(tmp_path, text):
 def test_an_absent_table_is_refused(tmp_path):
     with pytest.raises(TableError, match="no phenotype table"):
         join_phenotypes(tmp_path / "none.csv", PARTICIPANTS, SESSIONS)
+
+
+def test_scans_without_a_session_get_the_first_imaging_visit(tmp_path):
+    (tmp_path / "p.csv").write_text("eid,31-0.0,21003-2.0,21003-3.0\n9000001,1,55,58\n")
+    found = join_phenotypes(tmp_path / "p.csv", ["9000001"] * 4, ["", "2", "3", "5"])
+    np.testing.assert_array_equal(found.table["age"], [55, 55, 58, np.nan])
+    np.testing.assert_array_equal(found.table["sex"], [1, 1, 1, 1])
+    assert any("1 scans have no session" in line for line in found.warnings)
+    assert any("1 scans are of a session that no column" in line for line in found.warnings)

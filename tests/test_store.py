@@ -278,8 +278,13 @@ def test_shards_round_trip_through_our_decoder_and_zarr(volume, tmp_path_factory
     codecs = [{"name": "numcodecs.lz4", "configuration": {}}, {"name": "crc32c", "configuration": {}}]
     path = tmp_path_factory.mktemp("z")
     array = zarr.create_array(
-        path, shape=(1, *data.shape), chunks=(1, slab, *data.shape[1:]), shards=(1, *data.shape), dtype="uint8", compressors=codecs
-    )  # fmt: skip
+        path,
+        shape=(1, *data.shape),
+        chunks=(1, slab, *data.shape[1:]),
+        shards=(1, *data.shape),
+        dtype="uint8",
+        compressors=codecs,
+    )
     file = path / "c/0/0/0/0"
     file.parent.mkdir(parents=True)
     file.write_bytes(shard)

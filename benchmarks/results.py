@@ -1,0 +1,103 @@
+"""What a benchmark measured, on which machine; printed as a table and written as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ingest.store import package_versions
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured speed.
+
+    Attributes
+    ----------
+    value
+        Median over the repeats.
+    low, high
+        Slowest and fastest repeat.
+    limit_share
+        `value` over that of the physical limit, where one was measured in the same run.
+    """
+
+    name: str
+    value: float
+    unit: str
+    low: float
+    high: float
+    limit_share: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A benchmark's results and the ratios between them.
+
+    Attributes
+    ----------
+    settings
+        What was measured, enough to repeat it.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    results: list[Result]
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return machine, results and ratios as written by ``--json``."""
+        results = [{key: value for key, value in vars(r).items() if value not in (None, "")} for r in self.results]
+        return {
+            "benchmark": self.name,
+            "machine": machine(),
+            "settings": self.settings,
+            "results": results,
+            "ratios": self.ratios,
+        }
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine and the versions of what is measured."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": package_versions("torch", "zarr", "numcodecs", "nvidia-dali-cuda130", "monai", "nibabel", "numpy"),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report as a table."""
+    table = Table(title=f"benchmark {report.name}", title_justify="left")
+    for column in ("what", "median", "slowest", "fastest", "of the limit", ""):
+        table.add_column(column, justify="left" if column in ("what", "") else "right")
+    for result in report.results:
+        share = "" if result.limit_share is None else f"{result.limit_share:.2f}"
+        speed = f"{result.value:,.1f} {result.unit}"
+        table.add_row(result.name, speed, f"{result.low:,.1f}", f"{result.high:,.1f}", share, result.note)
+    console.print(table)
+    for name, ratio in report.ratios.items():
+        console.print(f"{name}: {ratio:.1f}", highlight=False)
+
+
+def save(report: Report, path: Path) -> None:
+    """Write a report as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report.to_json(), indent=2) + "\n")
