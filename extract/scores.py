@@ -114,7 +114,7 @@ def corrected_interval(
     The second is taken: the two agree at q = 1/2, and below that it is the wider, by a third for five folds, so an
     interval holds chance as often as it says if there is nothing to find, and is cautious if there is. In 300
     simulations of nothing (120 scans, 150 features, ridge, 5 x 5 folds) the 95 % interval of r held 0 in 94 to 95 %,
-    that of Nadeau & Bengio in 87 to 89 %.
+    that of Nadeau & Bengio in 85 to 89 %.
 
     Parameters
     ----------

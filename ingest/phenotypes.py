@@ -88,8 +88,8 @@ def join_phenotypes(path: Path, participants: Iterable[str], sessions: Iterable[
     """Read a table and look up each scan's participant in it.
 
     In a UK Biobank table the variables of `ingest.dictionary` are taken, each at the instance that is the scan's own
-    (the first imaging visit's for scans without one), or at instance 0 if the table has no other. In any other table
-    all columns are taken; texts become codes.
+    session (the first imaging visit's for scans without one), or at instance 0 if the table has no other. In any other
+    table all columns are taken; texts become codes.
 
     Parameters
     ----------
