@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from extract.embeddings import Embeddings
 from extract.folds import class_strata, deal_folds, value_strata
@@ -303,6 +303,7 @@ def _cross_validate(
             float(np.mean(ratios)),
             chance=float(np.mean([chance[name] for chance in chances])),
             bounds=RANGES[name],
+            people=int(np.bincount(data.strata).min()) if data.classes else None,
         )
         for name in scores[0]
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,6 +17,8 @@ from extract.embeddings import Embeddings, open_embeddings
 from extract.probe import probe, target_names
 from extract.results import TargetResult
 from ingest.progress import progress_bar
+
+_METRICS = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
 
 console = Console()
 errors = Console(stderr=True)
@@ -61,7 +64,6 @@ def probe_command(
     if report is not None:
         from extract.report import write_report  # drawing needs matplotlib, which takes a second to import
 
-        report.parent.mkdir(parents=True, exist_ok=True)
         settings: dict[str, object] = {"embeddings": path.name, "folds": folds, "repeats": repeats, "seed": seed}
         for warning in write_report(report, embeddings, results, settings=settings, store=store):
             errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
@@ -104,32 +106,26 @@ def _print_results(path: Path, embeddings: Embeddings, results: list[TargetResul
         highlight=False,
         markup=False,
     )
-    table = Table()
-    for heading in ("target", "task", "n", "metric", "score", "95 % interval", "chance", "other metrics"):
-        table.add_column(heading, justify="right" if heading in ("n", "score", "chance") else "left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("target", "task", "n", "metric", "score", "95 % interval", "chance"):
+        right = heading in ("n", "score", "95 % interval", "chance")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "target")
     probed = [result for result in results if result.status == "ok"]
     for result in probed:
-        found = result.headline
-        others = ", ".join(
-            f"{name} {value.score:.3g} (chance {value.chance:.3g})"
-            for name, value in result.metrics.items()
-            if name != result.metric
-        )
-        table.add_row(
-            escape(result.name),
-            result.task,
-            str(result.n),
-            result.metric,
-            f"{found.score:.3f}",
-            f"{found.low:.3f} to {found.high:.3f}",
-            f"{found.chance:.2f}",
-            others,
-        )
+        who = (escape(result.name), result.task, str(result.n))
+        for name, found in result.metrics.items():
+            interval = f"{_number(found.low)} to {_number(found.high)}"
+            table.add_row(*who, _METRICS.get(name, name), _number(found.score), interval, _number(found.chance))
+            who = ("", "", "")
     if probed:
         console.print(table, highlight=False)
     for result in results:
         if result.status == "skipped":
             errors.print(f"skipped: {result.name}: {result.reason}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("-0.000", "0.000")
 
 
 def main() -> None:

@@ -96,6 +96,7 @@ def corrected_interval(
     chance: float,
     bounds: tuple[float, float] = (-np.inf, np.inf),
     confidence: float = 0.95,
+    people: int | None = None,
 ) -> Interval:
     """Return the mean of fold scores with a t interval that allows for their dependence.
 
@@ -125,10 +126,13 @@ def corrected_interval(
     chance
         The score of guessing; kept in the result.
     bounds
-        What the score can be: the ends are clipped to it. Where every fold has the same score (an AUC of 1 in each)
-        the interval has no width: the method sees no variation, which is not the same as certainty.
+        What the score can be: the ends are clipped to it.
     confidence
         Of the interval.
+    people
+        Of the smallest class. Where every fold has the best score that there is (an AUC of 1 in each) the scores do not
+        vary, which is no certainty: the lower end is then the exact one of `people` successes in as many trials
+        (Clopper & Pearson 1934, Biometrika 26:404).
     """
     values = np.asarray(scores, dtype=np.float64)
     m = len(values)
@@ -137,4 +141,6 @@ def corrected_interval(
     error = float(np.sqrt(values.var(ddof=1) * (1 / m + dependence)))
     half = float(stats.t.ppf((1 + confidence) / 2, m - 1)) * error
     low, high = (float(np.clip(end, *bounds)) for end in (mean - half, mean + half))
+    if people and low == high == bounds[1]:
+        low = float(((1 - confidence) / 2) ** (1 / people))
     return Interval(mean, low, high, chance)

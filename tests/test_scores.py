@@ -112,3 +112,11 @@ def test_interval_stays_within_what_the_score_can_be(metric, ends):
     found = corrected_interval([0.0, 1.0, 0.9], 1.0, chance=0.0, bounds=RANGES[metric])
     assert found.low == ends[0]
     assert found.high == ends[1] or metric == "mae"
+
+
+def test_perfect_scores_are_no_certainty():
+    found = corrected_interval([1.0] * 10, 0.25, chance=0.5, bounds=(0, 1), people=9)
+    assert found.score == found.high == 1
+    assert found.low == pytest.approx(stats.binomtest(9, 9).proportion_ci(method="exact").low)
+    mixed = corrected_interval([1.0] * 9 + [0.9], 0.25, chance=0.5, bounds=(0, 1), people=9)
+    assert mixed == corrected_interval([1.0] * 9 + [0.9], 0.25, chance=0.5, bounds=(0, 1))
