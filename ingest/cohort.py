@@ -130,5 +130,5 @@ def _household_sizes(count: int, rng: np.random.Generator) -> np.ndarray:
     """Mostly couples, up to 100 people in a few households, and refusals."""
     sizes = rng.choice([1, 2, 3, 4, 5, 6, 7], count, p=[0.19, 0.47, 0.16, 0.12, 0.04, 0.015, 0.005]).astype(float)
     rare = rng.random(count)
-    sizes = np.where(rare < 0.004, rng.integers(8, 101, count), sizes)
+    sizes = np.where(rare < 0.01, rng.integers(8, 101, count), sizes)
     return np.where(rare > 0.985, rng.choice([-1, -3], count), sizes)
