@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -58,6 +60,7 @@ class Report:
         results = [{key: value for key, value in vars(r).items() if value not in (None, "")} for r in self.results]
         return {
             "benchmark": self.name,
+            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
             "machine": machine(),
             "settings": self.settings,
             "results": results,
@@ -85,16 +88,16 @@ def _cpuinfo() -> list[str]:
 
 def show(report: Report, console: Console) -> None:
     """Print a report as a table."""
-    table = Table(title=f"benchmark {report.name}", title_justify="left")
-    for column in ("what", "median", "slowest", "fastest", "of the limit", ""):
-        table.add_column(column, justify="left" if column in ("what", "") else "right")
+    table = Table(title=f"benchmark {report.name}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("what", "median", "slowest", "fastest", "unit", "of the limit"):
+        table.add_column(column, justify="left" if column in ("what", "unit") else "right")
     for result in report.results:
         share = "" if result.limit_share is None else f"{result.limit_share:.2f}"
-        speed = f"{result.value:,.1f} {result.unit}"
-        table.add_row(result.name, speed, f"{result.low:,.1f}", f"{result.high:,.1f}", share, result.note)
-    console.print(table)
+        speeds = (f"{speed:,.1f}" for speed in (result.value, result.low, result.high))
+        table.add_row(result.name, *speeds, result.unit, share)
+    console.print(table, highlight=False)
     for name, ratio in report.ratios.items():
-        console.print(f"{name}: {ratio:.1f}", highlight=False)
+        console.print(f"{name}: {ratio:.3g}", highlight=False)
 
 
 def save(report: Report, path: Path) -> None:

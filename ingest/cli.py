@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -141,18 +142,20 @@ def _print_ingest(summary: IngestSummary, out: Path) -> None:
 
 def _print_store(summary: StoreSummary, store: Path) -> None:
     depth, height, width = summary.grid["shape_zyx"]
-    table = Table(title=str(store), show_header=False, title_justify="left")
+    console.print(str(store), soft_wrap=True, highlight=False, markup=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("grid", f"{width} x {height} x {depth} voxels (x, y, z) of {summary.grid['voxel_mm']:g} mm, RAS")
     table.add_row("space", summary.grid["space"])
     table.add_row("scans", f"{summary.scans} of {summary.participants} participants")
     for status, count in summary.status.items():
         table.add_row(f"  {status}", str(count))
     ratio = "" if summary.ratio != summary.ratio else f", compressed {summary.ratio:.2f} times"
-    table.add_row("stored", f"{summary.stored_bytes / 1e6:,.1f} MB{ratio}, LZ4 slabs of {summary.slab} planes")
+    table.add_row("stored", f"{summary.stored_bytes / 1e6:,.1f} MB{ratio}")
+    table.add_row("slabs", f"{summary.slab} planes, LZ4")
     table.add_row("simulated", "yes" if summary.simulated else "no")
     for name, counts in summary.phenotypes.items():
-        table.add_row(f"phenotype {name}", f"{counts['missing']} missing")
-    console.print(table)
+        table.add_row(f"phenotype {escape(name)}", f"{counts['missing']} missing")
+    console.print(table, highlight=False)
 
 
 def main() -> None:

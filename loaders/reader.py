@@ -10,13 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
-from numcodecs import lz4
 
 from ingest.errors import StoreError
-from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
+from ingest.shard import shard_path
 from ingest.store import VolumeStore, open_store
+from loaders.decode import decode_shard
 
 _INNER_CODECS = ["bytes", "numcodecs.lz4", "crc32c"]
 _INDEX_CODECS = ["bytes", "crc32c"]
@@ -108,7 +107,7 @@ class VolumeReader:
         try:
             content = self._read_file(shard_path(self.store.path, row))
             decode_shard(content, self.store.slab, out)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             source = self.store.scans["source"][row]
             raise CorruptShardError(
                 f"row {row} ({source}) of {self.store.path} cannot be read: {error}; "
@@ -132,49 +131,6 @@ class VolumeReader:
             return buffer[:size]
         finally:
             os.close(descriptor)
-
-
-def decode_shard(content: np.ndarray, slab: int, out: np.ndarray) -> None:
-    """Decode a shard; every length and checksum is checked before its bytes are used.
-
-    Parameters
-    ----------
-    content
-        uint8, the whole shard (see `ingest.shard`).
-    slab
-        Planes per slab.
-    out
-        uint8 (z, y, x), C-contiguous, written.
-
-    Raises
-    ------
-    ValueError, RuntimeError
-        If the shard is damaged (RuntimeError comes from the LZ4 decoder).
-    """
-    slabs = out.shape[0] // slab
-    tail = index_bytes(slabs)
-    if len(content) < tail:
-        raise ValueError(f"shard of {len(content)} bytes, shorter than its index of {tail}")
-    index = content[len(content) - tail :]
-    _check_crc(index, "index")
-    entries = index[:-CRC_BYTES].view("<u8").reshape(slabs, 2).tolist()
-    for number, (offset, nbytes) in enumerate(entries):
-        if nbytes <= SLAB_HEADER + CRC_BYTES or offset + nbytes > len(content) - tail:
-            raise ValueError(f"slab {number} lies at bytes {offset} to {offset + nbytes}, outside the shard")
-        payload = content[offset : offset + nbytes]
-        _check_crc(payload, f"slab {number}")
-        target = out[number * slab : (number + 1) * slab]
-        raw = int.from_bytes(payload[:SLAB_HEADER].tobytes(), "little")
-        if raw != target.nbytes:
-            raise ValueError(f"slab {number} announces {raw} bytes, expected {target.nbytes}")
-        lz4.decompress(payload[:-CRC_BYTES], target)
-
-
-def _check_crc(data: np.ndarray, name: str) -> None:
-    """Check the crc32c in the last 4 bytes of `data`."""
-    expected = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
-    if google_crc32c.value(data[:-CRC_BYTES]) != expected:
-        raise ValueError(f"checksum of {name} is wrong")
 
 
 def _check_layout(store: VolumeStore) -> None:

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import google_crc32c
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -28,7 +29,8 @@ from ingest.inspection import summarise_store
 from ingest.run import Space
 from ingest.scan import STATUSES
 from ingest.shard import encode_shard, index_bytes
-from loaders.reader import VolumeReader, decode_shard
+from loaders.decode import decode_shard, decode_shard_slowly
+from loaders.reader import VolumeReader
 
 MEMBER = "T1/T1_brain_to_MNI.nii.gz"
 
@@ -271,9 +273,10 @@ def test_unknown_versions_are_refused_by_name(stored, tmp_path):
 def test_shards_round_trip_through_our_decoder_and_zarr(volume, tmp_path_factory):
     slab, data = volume
     shard = encode_shard(data, slab)
-    out = np.empty_like(data)
-    decode_shard(np.frombuffer(shard, np.uint8), slab, out)
-    np.testing.assert_array_equal(out, data)
+    for decode in (decode_shard, decode_shard_slowly):
+        out = np.empty_like(data)
+        decode(np.frombuffer(shard, np.uint8), slab, out)
+        np.testing.assert_array_equal(out, data)
 
     codecs = [{"name": "numcodecs.lz4", "configuration": {}}, {"name": "crc32c", "configuration": {}}]
     path = tmp_path_factory.mktemp("z")
@@ -297,16 +300,54 @@ def test_any_flipped_bit_is_found(position, bit):
     data = np.random.default_rng(0).integers(0, 30, (8, 16, 16)).astype(np.uint8)
     shard = np.frombuffer(encode_shard(data, 2), np.uint8).copy()
     shard[int(position * len(shard))] ^= 1 << bit
-    with pytest.raises((ValueError, RuntimeError)):
-        decode_shard(shard, 2, np.empty_like(data))
+    for decode in (decode_shard, decode_shard_slowly):
+        with pytest.raises(ValueError, match=r"checksum|outside"):
+            decode(shard, 2, np.empty_like(data))
 
 
 @pytest.mark.parametrize("length", [0, 3, index_bytes(4) - 1, index_bytes(4), 200])
 def test_a_shortened_shard_is_found(length):
     data = np.random.default_rng(0).integers(0, 30, (8, 16, 16)).astype(np.uint8)
     shard = np.frombuffer(encode_shard(data, 2), np.uint8)[:length]
-    with pytest.raises(ValueError, match=r"short|checksum"):
-        decode_shard(shard, 2, np.empty_like(data))
+    for decode in (decode_shard, decode_shard_slowly):
+        with pytest.raises(ValueError, match=r"short|checksum"):
+            decode(shard, 2, np.empty_like(data))
+
+
+def with_right_checksums(shard: np.ndarray, slabs: int) -> np.ndarray:
+    """Return a shard whose checksums are those of its bytes, as a faulty or hostile writer would leave it."""
+    shard = shard.copy()
+    tail = len(shard) - index_bytes(slabs)
+    index = shard[tail:-4].view("<u8").reshape(slabs, 2).tolist()
+    ends = [(offset, offset + nbytes - 4) for offset, nbytes in index if offset + nbytes <= tail and nbytes > 4]
+    for start, end in [*ends, (tail, len(shard) - 4)]:
+        checksum = google_crc32c.value(shard[start:end].tobytes())
+        shard[end : end + 4] = np.frombuffer(checksum.to_bytes(4, "little"), np.uint8)
+    return shard
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6))
+def test_both_decoders_say_the_same_of_shards_with_right_checksums(changes):
+    data = np.random.default_rng(0).integers(0, 3, (8, 16, 16)).astype(np.uint8)
+    shard = np.frombuffer(encode_shard(data, 2), np.uint8).copy()
+    for position, value in changes:
+        shard[int(position * (len(shard) - 4))] = value
+    shard = with_right_checksums(shard, 4)
+    found = []
+    for decode in (decode_shard, decode_shard_slowly):
+        out = np.zeros(data.size + 64, np.uint8)
+        try:
+            decode(shard, 2, out[: data.size].reshape(data.shape))
+            found.append(out.tobytes())
+        except ValueError as error:
+            found.append(str(error))
+        assert not out[data.size :].any()  # nothing is written beyond the end
+    assert found[0] == found[1]
+
+
+def test_the_compiled_decoder_is_the_one_in_use():
+    assert decode_shard is not decode_shard_slowly
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,146 @@
+"""Shard bytes -> voxels. Every length and checksum is checked before its bytes are used.
+
+Two implementations that give the same: `decode_shard` hands a whole shard to compiled code that lets go of Python's
+lock once, and `decode_shard_slowly` goes slab by slab in Python. The lock is what matters: a slab takes 15 µs, and
+threads that pass the lock to and fro that often are slower than a single one (600 against 810 volumes/s).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import ModuleType
+
+import google_crc32c
+import llvmlite.binding
+import numba
+import numpy as np
+from numcodecs import lz4
+
+from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes
+
+_OK, _OUTSIDE, _CHECKSUM, _LENGTH, _LZ4 = range(5)
+
+
+def decode_shard_slowly(content: np.ndarray, slab: int, out: np.ndarray) -> None:
+    """Decode a shard in plain Python: the reference, and what is used where no compiled decoder is found.
+
+    Parameters
+    ----------
+    content
+        uint8, the whole shard (see `ingest.shard`).
+    slab
+        Planes per slab.
+    out
+        uint8 (z, y, x), C-contiguous, written.
+
+    Raises
+    ------
+    ValueError
+        If the shard is damaged.
+    """
+    for number, (offset, nbytes) in enumerate(_read_index(content, out.shape[0] // slab).tolist()):
+        target = out[number * slab : (number + 1) * slab]
+        if _lies_outside(offset, nbytes, len(content)):
+            _refuse(_OUTSIDE, number, offset, nbytes)
+        payload = content[offset : offset + nbytes]
+        if not _checksum_is_right(payload):
+            _refuse(_CHECKSUM, number, offset, nbytes)
+        if int.from_bytes(payload[:SLAB_HEADER].tobytes(), "little") != target.nbytes:
+            _refuse(_LENGTH, number, offset, nbytes)
+        try:
+            lz4.decompress(payload[:-CRC_BYTES], target)
+        except RuntimeError:
+            _refuse(_LZ4, number, offset, nbytes)
+
+
+def _read_index(content: np.ndarray, slabs: int) -> np.ndarray:
+    """Return offset and length of each slab, uint64 (slab, 2)."""
+    tail = index_bytes(slabs)
+    if len(content) < tail:
+        raise ValueError(f"shard of {len(content)} bytes, shorter than its index of {tail}")
+    index = content[len(content) - tail :]
+    if not _checksum_is_right(index):
+        raise ValueError("checksum of the index is wrong")
+    return index[:-CRC_BYTES].view("<u8").reshape(slabs, 2)
+
+
+def _lies_outside(offset: int, nbytes: int, length: int) -> bool:
+    # in this order, so that no sum of two 64-bit numbers can wrap round
+    return nbytes <= SLAB_HEADER + CRC_BYTES or nbytes > length or offset > length - nbytes
+
+
+def _checksum_is_right(data: np.ndarray) -> bool:
+    """Compare the crc32c in the last 4 bytes of `data` with that of what precedes it."""
+    expected = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+    return bool(google_crc32c.value(data[:-CRC_BYTES]) == expected)
+
+
+def _refuse(fault: int, number: int, offset: int, nbytes: int) -> None:
+    reason = {
+        _OUTSIDE: f"lies at bytes {offset} to {offset + nbytes}, outside the shard",
+        _CHECKSUM: "has a wrong checksum",
+        _LENGTH: "announces another length than its planes have",
+        _LZ4: "is no LZ4 block of its length",
+    }[fault]
+    raise ValueError(f"slab {number} {reason}")
+
+
+def _register(symbol: str, module: ModuleType | None) -> bool:
+    """Make a C function of an extension module, or of a library that it links to, known to compiled code."""
+    path = getattr(module, "__file__", None)
+    if path is None:
+        return False
+    try:
+        function = getattr(ctypes.CDLL(path), symbol)
+    except (OSError, AttributeError):
+        return False
+    llvmlite.binding.add_symbol(symbol, ctypes.cast(function, ctypes.c_void_p).value)
+    return True
+
+
+# Both are the very libraries that the slow path calls; by name, so that numba can keep the compiled code on disk.
+_COMPILED = _register("LZ4_decompress_safe", lz4) and _register("crc32c_value", getattr(google_crc32c, "_crc32c", None))
+lz4_decompress_safe = numba.types.ExternalFunction(
+    "LZ4_decompress_safe", numba.int32(numba.intp, numba.intp, numba.int32, numba.int32)
+)
+_crc32c_value = numba.types.ExternalFunction("crc32c_value", numba.uint32(numba.intp, numba.uintp))
+
+
+@numba.njit(cache=True, nogil=True)
+def _decode_slabs(content: np.ndarray, index: np.ndarray, out: np.ndarray) -> tuple[int, int]:
+    """Check and decode all slabs into `out` (slab, byte); return the first fault and its slab."""
+    start = content.ctypes.data
+    length = np.int64(len(content))
+    for number in range(len(index)):
+        offset, nbytes = np.int64(index[number, 0]), np.int64(index[number, 1])
+        if offset < 0 or nbytes <= SLAB_HEADER + CRC_BYTES or nbytes > length or offset > length - nbytes:
+            return _OUTSIDE, number
+        end = offset + nbytes - CRC_BYTES
+        if _crc32c_value(start + offset, end - offset) != _uint32_at(content, end):
+            return _CHECKSUM, number
+        if _uint32_at(content, offset) != out.shape[1]:
+            return _LENGTH, number
+        block = offset + SLAB_HEADER
+        target = out.ctypes.data + number * out.shape[1]
+        if lz4_decompress_safe(start + block, target, end - block, out.shape[1]) != out.shape[1]:
+            return _LZ4, number
+    return _OK, 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _uint32_at(content: np.ndarray, at: int) -> int:
+    """Read four little-endian bytes."""
+    low = np.int64(content[at]) | np.int64(content[at + 1]) << 8
+    return int(low | np.int64(content[at + 2]) << 16 | np.int64(content[at + 3]) << 24)
+
+
+def _decode_shard_compiled(content: np.ndarray, slab: int, out: np.ndarray) -> None:
+    slabs = out.shape[0] // slab
+    index = _read_index(content, slabs)
+    fault, number = _decode_slabs(content, index, out.reshape(slabs, -1))
+    if fault:
+        _refuse(fault, number, *index[number].tolist())
+
+
+#: The decoder that readers use, with the parameters of `decode_shard_slowly`.
+decode_shard = _decode_shard_compiled if _COMPILED else decode_shard_slowly

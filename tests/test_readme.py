@@ -1,0 +1,82 @@
+"""What the README shows runs: every command of its tour, with its own flags, and its Python."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = {"--participants 200": "--participants 24"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """Run the tour on fewer people; return where, and what each command printed."""
+    folder = tmp_path_factory.mktemp("tour")
+    path = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+    printed = {}
+    for line in "".join(blocks("console")).splitlines():
+        if line.startswith("$ "):
+            command = line.removeprefix("$ ")
+            for full, small in SMALL.items():
+                command = command.replace(full, small)
+            done = subprocess.run(
+                shlex.split(command),
+                capture_output=True,
+                text=True,
+                timeout=300,
+                cwd=folder,
+                env={**os.environ, "PATH": path},
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+            printed[command] = done.stdout
+    return folder, printed
+
+
+def test_the_tour_runs(tour):
+    folder, printed = tour
+    assert [command.split()[0] for command in printed] == ["ingest", "ingest", "ingest", "extract", "probe"]
+    assert (folder / "report.html").stat().st_size > 100_000
+    shown = "".join(blocks("console"))
+    for command, output in printed.items():  # the numbers differ with the people, the words do not
+        for line in output.splitlines()[:1]:
+            words = re.sub(r"[\d.,]+", "#", line).split()[:3]
+            assert " ".join(words) in re.sub(r"[\d.,]+", "#", re.sub(r" +", " ", shown)), (command, line)
+
+
+def test_the_python_runs(tour, monkeypatch):
+    monkeypatch.chdir(tour[0])
+    assert blocks("python")
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_commands_and_flags_of_the_readme_exist():
+    known: dict[str, str] = {}
+    for line in re.findall(r"^(ingest|extract|probe) (.*)$", "\n".join(blocks("sh")), flags=re.MULTILINE):
+        program, rest = line
+        if program not in known:
+            script = Path(sysconfig.get_path("scripts")) / program
+            command = [str(script), *(["run"] if program == "ingest" else []), "--help"]
+            known[program] = subprocess.run(
+                command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"}
+            ).stdout
+        for flag in re.findall(r"--[a-z-]+", rest):
+            assert flag in known[program], f"{program} has no {flag}"
+    assert set(known) == {"ingest", "extract", "probe"}
+
+
+def test_pictures_and_pages_that_it_links_to_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
