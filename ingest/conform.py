@@ -33,7 +33,7 @@ class ConformedVolume:
     data
         float32 (z, y, x), RAS, no negative or non-finite values.
     cut_off_voxels
-        Non-zero source voxels outside the grid.
+        Positive source voxels outside the grid.
     """
 
     data: np.ndarray
@@ -89,8 +89,15 @@ def _conform_template(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume,
             "wrong_shape",
             f"shape {data.shape[::-1]} covers {coverage:.0%} of the {grid.space} grid, expected {MIN_COVERAGE:.0%}",
         )
-    out = _sample(data, matrix, volume, grid.shape_zyx)
-    return ConformedVolume(out, cut_off_voxels=0)  # the crop holds all of the template's brain
+    shift = np.rint(matrix[:3, 3]).astype(int)
+    if np.allclose(matrix[:3, :3], np.eye(3), atol=1e-4) and np.allclose(matrix[:3, 3], shift, atol=1e-2):
+        return _crop(data, shift[::-1], volume, grid.shape_zyx)
+    values = clean(data, volume.slope, volume.inter)
+    out = np.empty(grid.shape_zyx, np.float32)
+    sample_trilinear(values, matrix, out)
+    low = grid.affine[:3, 3] - grid.voxel_mm / 2 - affine[:3, 3]
+    high = low + np.array(grid.shape_zyx[::-1]) * grid.voxel_mm
+    return ConformedVolume(out, count_outside(values, np.ascontiguousarray(affine[:3, :3]), 0.0, low, high, -np.inf))
 
 
 def _conform_native(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, grid: Grid) -> ConformedVolume:
@@ -121,21 +128,23 @@ def _conform_native(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, g
     return ConformedVolume(out, cut_off)
 
 
-def _sample(data: np.ndarray, matrix: np.ndarray, volume: NiftiVolume, shape: tuple[int, int, int]) -> np.ndarray:
-    """Crop where the matrix is a whole-voxel shift, else interpolate."""
-    shift = np.rint(matrix[:3, 3]).astype(int)
-    if np.allclose(matrix[:3, :3], np.eye(3), atol=1e-4) and np.allclose(matrix[:3, 3], shift, atol=1e-2):
-        out = np.zeros(shape, np.float32)
-        start, target = [], []
-        for offset, length, available in zip(shift[::-1], shape, data.shape, strict=True):
-            first, last = max(0, offset), min(available, offset + length)
-            start.append(slice(first, last))
-            target.append(slice(first - offset, last - offset))
-        out[tuple(target)] = clean(data[tuple(start)], volume.slope, volume.inter)
-        return out
-    out = np.empty(shape, np.float32)
-    sample_trilinear(clean(data, volume.slope, volume.inter), matrix, out)
-    return out
+def _crop(data: np.ndarray, first: np.ndarray, volume: NiftiVolume, shape: tuple[int, int, int]) -> ConformedVolume:
+    """Take the box of `shape` that begins at voxel `first` (z, y, x); what it has and the source lacks is 0."""
+    out = np.zeros(shape, np.float32)
+    start, target = [], []
+    for offset, length, available in zip(first, shape, data.shape, strict=True):
+        begin, end = max(0, offset), min(available, offset + length)
+        start.append(slice(begin, end))
+        target.append(slice(begin - offset, end - offset))
+    out[tuple(target)] = clean(data[tuple(start)], volume.slope, volume.inter)
+    cut_off = 0
+    rest = data
+    for axis, inside in enumerate(start):  # six boxes around the crop, without overlap
+        for outside in (slice(0, inside.start), slice(inside.stop, None)):
+            box = rest[(slice(None),) * axis + (outside,)]
+            cut_off += int(np.count_nonzero(box * volume.slope + volume.inter > 0))
+        rest = rest[(slice(None),) * axis + (inside,)]
+    return ConformedVolume(out, cut_off)
 
 
 def _coverage(matrix: np.ndarray, source_zyx: tuple[int, ...], grid_zyx: tuple[int, ...], step: int = 8) -> float:

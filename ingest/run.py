@@ -238,7 +238,8 @@ def _summarise(rows: list[ScanRow], seconds: float, phenotypes: Phenotypes | Non
     if cut:
         worst = max(cut, key=lambda row: row.cut_off_voxels)
         warnings.append(
-            f"{len(cut)} scans have non-zero voxels outside the grid, at most {worst.cut_off_voxels} ({worst.source})"
+            f"{len(cut)} scans have positive voxels outside the grid: at most {worst.cut_off_voxels}, "
+            f"{worst.cut_off_voxels / (worst.cut_off_voxels + worst.brain_voxels):.1%} of the scan, in {worst.source}"
         )
     status = Counter(row.status for row in rows)
     return IngestSummary(

@@ -60,7 +60,7 @@ class ScanRow:
     head_scale
         Determinant of the linear transform from head to MNI152, as UK Biobank's field 25000; NaN where unknown.
     cut_off_voxels
-        Non-zero source voxels that lie outside the grid (below a whole head the neck is not counted).
+        Positive source voxels that lie outside the grid (below a whole head the neck is not counted).
     mean
         Mean stored intensity of the non-zero voxels.
     """

@@ -183,3 +183,16 @@ def test_space_of():
     assert space_of("a.nii", eye, (9, 9, 9), 4) == MNI152
     assert space_of("a.nii", FSL_MNI152_AFFINE, (182, 218, 182), 1) == MNI152
     assert space_of("a.nii", eye, (182, 218, 182), 1) == NATIVE
+
+
+@pytest.mark.parametrize("voxel_mm", [1, 2])
+def test_voxels_outside_the_template_grid_are_counted(tmp_path, voxel_mm):
+    affine = np.diag([-voxel_mm, voxel_mm, voxel_mm, 1.0])
+    affine[:3, 3] = FSL_MNI152_AFFINE[:3, 3]
+    shape = np.array([182, 218, 182]) // voxel_mm
+    data = np.random.default_rng(0).integers(-2, 5, shape).astype(np.int16)
+    conformed = conform(read_nifti(write_nifti(tmp_path / "a.nii.gz", data, affine, code=4).read_bytes()), MNI152_GRID)
+    mm = nib.affines.apply_affine(affine, np.argwhere(data > 0))
+    low = np.array([-80.5, -113.5, -61.5])
+    outside = ((mm < low) | (mm > low + np.array([160, 192, 160]))).any(axis=1)
+    assert conformed.cut_off_voxels == outside.sum() > 0

@@ -79,6 +79,11 @@ def test_the_store_says_that_it_is_simulated(ukb_store, ukb):
     assert store.attrs["simulated"] is True
     assert summary.clean, summary.failures
     assert summary.status == {"ok": 20, "unusable": 1}
+    template = load_template().fsl_mask[:, :, ::-1]
+    below = template.sum() - template[11:171, 13:205, 11:171].sum()  # of the brainstem
+    assert (store.scans["cut_off_voxels"][store.ok_rows] <= below).all()
+    assert (store.scans["cut_off_voxels"][store.ok_rows] > 0.5 * below).all()
+    assert any("20 scans have positive voxels outside the grid" in warning for warning in summary.warnings)
     assert json.loads((ukb / "simulation.json").read_text())["simulated"] is True
     truth = pd.read_csv(ukb / "truth.csv", dtype={"participant": str, "session": str}).set_index(
         ["participant", "session"]
