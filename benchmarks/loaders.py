@@ -26,11 +26,11 @@ import torch
 
 from benchmarks.results import Report, Result
 from ingest import IngestSettings, ingest, open_store
+from ingest.decode import lz4_decompress_safe
 from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
 from ingest.simulate import simulate_cohort
 from ingest.store import VolumeStore
 from loaders import open_loader
-from loaders.decode import lz4_decompress_safe
 
 LIMIT = "limit (read + LZ4)"
 MONAI = "MONAI, float32"

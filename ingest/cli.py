@@ -53,7 +53,7 @@ def run_command(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="UK Biobank zips, a BIDS tree, or a folder of NIfTI files.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The store to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The store to make, go on with, or add to.")],
     layout: Annotated[Layout, typer.Option(help="How the scans are named.")] = Layout.auto,
     image: Annotated[
         str | None, typer.Option(help="UKB: member (T1_brain); BIDS: suffix (T1w); flat: part of the name.")
@@ -63,7 +63,15 @@ def run_command(
     ] = Space.auto,
     phenotypes: Annotated[Path | None, typer.Option(help="CSV, TSV or parquet to join by participant.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 works in this one.")] = 0,
-    slab: Annotated[int, typer.Option(min=1, help="Planes per LZ4 slab.")] = DEFAULT_SLAB,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A dask cluster to use, e.g. tcp://10.0.0.1:8786")
+    ] = None,
+    slab: Annotated[
+        int | None, typer.Option(min=1, help="Planes per LZ4 slab.", show_default=str(DEFAULT_SLAB))
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Read again what an earlier run failed to read.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,7 +84,9 @@ def run_command(
             out,
             settings,
             workers=workers,
+            scheduler=scheduler,
             overwrite=overwrite,
+            retry_failed=retry_failed,
             on_plan=lambda scans: progress.update(bar, total=scans),
             on_scan=lambda _: progress.advance(bar),
         )
@@ -126,6 +136,9 @@ def simulate_command(
 
 def _print_ingest(summary: IngestSummary, out: Path) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in summary.status.items())
+    done = f"{summary.new} new, {summary.changed} changed, {summary.retried} tried again"
+    if summary.new < summary.scans:
+        counts += f"; {done}"
     console.print(
         f"{out}: {summary.scans} scans ({counts}) in {summary.seconds:.1f} s, "
         f"{summary.volumes_per_second:.1f} volumes/s" + (", simulated data" if summary.simulated else ""),

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import shutil
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ingest.convert import ConvertedScan, convert_scan, load_volume, pending_row, volume_space
 from ingest.errors import ScanError, StoreError
 from ingest.grid import GRIDS, MNI152, NATIVE, Grid
 from ingest.intensity import IntensityRule
+from ingest.journal import journal_path, open_journal, read_journal
 from ingest.layouts import Layout, find_scans
+from ingest.lock import store_lock
 from ingest.phenotypes import Phenotypes, join_phenotypes
+from ingest.plan import Plan, make_plan
 from ingest.scan import EXPECTED_ABSENCES, ScanRow, ScanSource
-from ingest.store import DEFAULT_SLAB, create_store, set_attributes, write_phenotypes, write_scans
+from ingest.shard import remove_shard, shard_path
+from ingest.store import (
+    DEFAULT_SLAB,
+    VolumeStore,
+    create_store,
+    grow_store,
+    open_store,
+    recover_store,
+    rows_of,
+    set_attributes,
+    write_phenotypes,
+    write_scans,
+)
 from ingest.workers import run_tasks
+
+#: The disk is full, over quota, read-only, or not ours.
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Space(StrEnum):
@@ -31,6 +50,9 @@ class Space(StrEnum):
     auto = "auto"
     mni = "mni"
     native = "native"
+
+
+_SPACES = {Space.mni: MNI152, Space.native: NATIVE}
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class IngestSettings:
     phenotypes
         Table to join; None takes a BIDS ``participants.tsv`` if there is one.
     slab
-        Planes per LZ4 slab; a divisor of the grid's 160 planes.
+        Planes per LZ4 slab, a divisor of the grid's 160 planes; None for `DEFAULT_SLAB`, or what the store has.
     intensity
         How intensities become grey levels.
     """
@@ -57,7 +79,7 @@ class IngestSettings:
     image: str | None = None
     space: Space = Space.auto
     phenotypes: Path | None = None
-    slab: int = DEFAULT_SLAB
+    slab: int | None = None
     intensity: IntensityRule = field(default_factory=IntensityRule)
 
 
@@ -69,6 +91,8 @@ class IngestSummary:
     ----------
     status
         Rows by status.
+    new, changed, retried
+        See `ingest.plan.Plan`.
     failures
         (source, status, reason) of every row that is neither ok nor an expected absence.
     warnings
@@ -82,6 +106,9 @@ class IngestSummary:
     seconds: float
     volumes_per_second: float
     simulated: bool
+    new: int
+    changed: int
+    retried: int
     failures: list[tuple[str, str, str]]
     warnings: list[str]
     bad_values: int = 0
@@ -102,119 +129,166 @@ def ingest(
     settings: IngestSettings | None = None,
     *,
     workers: int = 0,
+    scheduler: str | None = None,
     overwrite: bool = False,
+    retry_failed: bool = False,
     on_plan: Callable[[int], None] | None = None,
     on_scan: Callable[[ScanRow], None] | None = None,
 ) -> IngestSummary:
-    """Turn a folder of scans into a store.
+    """Turn a folder of scans into a store, or bring a store up to date with it.
 
-    The store is built beside its place, as ``OUT.partial``, and appears by one rename when all of it is there.
+    A run may be killed at any moment: the same call again goes on where it was, and the store ends up as if nothing had
+    happened. On a finished store it reads only scans that are new, or whose file has changed; they get new rows at the
+    end, or their old ones, and no other shard is touched.
 
     Parameters
     ----------
     source
         Folder of UK Biobank zips, BIDS tree or folder of NIfTI files.
     out
-        The store to make, conventionally ``*.zarr``.
+        The store, conventionally ``*.zarr``. While a run lasts there are ``OUT.lock`` and ``OUT.journal`` beside it.
     workers
         Processes of a local dask cluster; 0 works in this process.
+    scheduler
+        Address of a dask cluster to use instead; its workers must see both folders.
     overwrite
         Replace a store that exists.
+    retry_failed
+        Read again what an earlier run failed to read.
     on_plan, on_scan
-        Called with the number of scans, and with each finished row.
+        Called with the number of scans to read, and with each finished row.
 
     Raises
     ------
     SourceError
         If no scans are found.
     StoreError
-        If `out` exists and may not be replaced.
+        If `out` is no store, has other settings, is being written by another process, or cannot be written.
     TableError
         If the phenotype table cannot be used.
     """
     settings = settings or IngestSettings()
     started = time.perf_counter()
-    _check_replaceable(out, overwrite=overwrite)
-    layout, sources = find_scans(source, settings.layout, settings.image)
-    phenotypes = _phenotypes(source, layout, settings.phenotypes, sources)
-    if on_plan:
-        on_plan(len(sources))
+    _check_is_store(out)
+    with store_lock(out), _clear_write_errors(out):
+        recover_store(out)
+        if overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+            journal_path(out).unlink(missing_ok=True)
+        store = open_store(out) if out.exists() else None
+        layout, sources = find_scans(source, settings.layout, settings.image)
+        if store:
+            _check_same_settings(store, settings, layout)
+        known = rows_of(store.scans) if store else []
+        done, simulated = read_journal(out, store.attrs["store_id"]) if store else ({}, False)
+        for number, row in done.items():
+            known[number] = row
+        plan = make_plan(known, sources, retry_failed=retry_failed)
+        phenotypes = _phenotypes(source, layout, settings.phenotypes, plan.rows, store)
+        if on_plan:
+            on_plan(len(plan.todo))
 
-    rows = _plan(sources)
-    todo = [index for index, row in enumerate(rows) if row.status == "pending"]
-    grid = _choose_grid(settings.space, [sources[index] for index in todo])
-    partial_store = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_store, ignore_errors=True)
-    create_store(
-        partial_store,
-        len(sources),
-        grid,
-        slab=settings.slab,
-        attrs={
-            "intensity": settings.intensity.to_json(),
-            "settings": {
-                "source": str(source),
-                "layout": str(layout),
-                "image": settings.image,
-                "space": str(settings.space),
-                "phenotypes": settings.phenotypes.name if settings.phenotypes else None,
-                "slab": settings.slab,
-            },
+        if store:
+            if len(plan.rows) > len(store.scans):
+                grow_store(out, len(plan.rows))
+            grid, slab, store_id = store.grid, store.slab, store.attrs["store_id"]
+            simulated |= bool(store.attrs["simulated"])
+            set_attributes(out, {"simulated": simulated})
+            write_scans(out, plan.rows)  # what is read again is pending from here on, whatever happens to this run
+            journal_path(out).unlink(missing_ok=True)  # all of it is in the table now
+        else:
+            grid = _choose_grid(settings.space, list(plan.todo.values()))
+            slab, store_id = settings.slab or DEFAULT_SLAB, uuid.uuid4().hex
+            attrs = _attributes(source, layout, settings, slab) | {"store_id": store_id}
+            create_store(out, plan.rows, grid, slab=slab, attrs=attrs)
+
+        work = partial(_convert, store=out.absolute(), grid=grid, rule=settings.intensity, slab=slab)
+        with open_journal(out, store_id) as append:
+            for number, converted in run_tasks(work, list(plan.todo.items()), workers, scheduler, lost=_lost):
+                plan.rows[number] = converted.row
+                simulated |= converted.simulated
+                append(number, converted.row, converted.simulated)
+                if on_scan:
+                    on_scan(converted.row)
+
+        write_scans(out, plan.rows)
+        if phenotypes:
+            write_phenotypes(out, phenotypes.table, phenotypes.variables)
+        set_attributes(out, {"simulated": simulated})
+        journal_path(out).unlink(missing_ok=True)
+        return _summarise(plan, time.perf_counter() - started, phenotypes, simulated=simulated)
+
+
+@contextlib.contextmanager
+def _clear_write_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise StoreError(
+            f"{out} cannot be written: {error.strerror}; nothing that is done is lost: "
+            "make room, and run the same command again"
+        ) from error
+
+
+def _attributes(source: Path, layout: Layout, settings: IngestSettings, slab: int) -> dict[str, Any]:
+    return {
+        "intensity": settings.intensity.to_json(),
+        "settings": {
+            "source": str(source),
+            "layout": str(layout),
+            "image": settings.image,
+            "space": str(settings.space),
+            "phenotypes": settings.phenotypes.name if settings.phenotypes else None,
+            "slab": slab,
         },
-    )
-
-    work = partial(_convert, store=partial_store, grid=grid, rule=settings.intensity, slab=settings.slab)
-    simulated = False
-    for index, converted in run_tasks(work, [(index, sources[index]) for index in todo], workers):
-        rows[index] = converted.row
-        simulated |= converted.simulated
-        if on_scan:
-            on_scan(converted.row)
-
-    set_attributes(partial_store, {"simulated": simulated})
-    if phenotypes:
-        write_phenotypes(partial_store, phenotypes.table, phenotypes.variables)
-    write_scans(partial_store, rows)
-    if out.exists():
-        shutil.rmtree(out)
-    partial_store.rename(out)
-    return _summarise(rows, time.perf_counter() - started, phenotypes, simulated=simulated)
+    }
 
 
 def _convert(
     task: tuple[int, ScanSource], *, store: Path, grid: Grid, rule: IntensityRule, slab: int
 ) -> tuple[int, ConvertedScan]:
-    index, source = task
-    return index, convert_scan(source, index, store, grid, rule, slab)
+    number, source = task
+    converted = convert_scan(source, number, store, grid, rule, slab)
+    if converted.row.status != "ok":
+        remove_shard(shard_path(store, number))  # of what the file held before
+    return number, converted
 
 
-def _check_replaceable(out: Path, *, overwrite: bool) -> None:
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-    elif not overwrite:
-        raise StoreError(f"{out} exists; add --overwrite to replace it, or choose another name")
-    elif not (out / "zarr.json").is_file():
-        raise StoreError(f"{out} is not a Zarr store, so --overwrite will not delete it; choose another name")
+def _lost(task: tuple[int, ScanSource]) -> tuple[int, ConvertedScan]:
+    """Return the row of a scan whose workers died again and again: memory is short, or the file kills the decoder."""
+    number, source = task
+    reason = "the workers that read it died; give them more memory, or look at the file"
+    return number, ConvertedScan(replace(pending_row(source), status="read_error", error=reason))
 
 
-def _plan(sources: list[ScanSource]) -> list[ScanRow]:
-    """Return a row per scan; a second scan of the same person, session and modality is a duplicate."""
-    first: dict[tuple[str, str, str], str] = {}
-    rows = []
-    for source in sources:
-        row = pending_row(source)
-        key = (source.participant, source.session, source.modality)
-        if key in first:
-            row = replace(row, status="duplicate", error=f"same participant, session and modality as {first[key]}")
-        else:
-            first[key] = source.name
-        rows.append(row)
-    return rows
+def _check_is_store(out: Path) -> None:
+    if out.exists() and not (out / "zarr.json").is_file():
+        raise StoreError(f"{out} is not a Zarr store; choose another name")
+
+
+def _check_same_settings(store: VolumeStore, settings: IngestSettings, layout: Layout) -> None:
+    """Refuse to add scans to a store in another way than those that it has."""
+    made_with = store.attrs["settings"]
+    asked: dict[str, Any] = {"layout": str(layout), "image": settings.image}
+    if settings.slab is not None:
+        asked["slab"] = settings.slab
+    if settings.space is not Space.auto and GRIDS[_SPACES[settings.space]] != store.grid:
+        asked["space"] = str(settings.space)
+    for name, value in asked.items():
+        if value != made_with[name]:
+            raise StoreError(
+                f"{store.path} was made with {name} {made_with[name]!r}, this run asks for {value!r}; use the same, "
+                "another store, or --overwrite"
+            )
+    if settings.intensity.to_json() != store.attrs["intensity"]:
+        raise StoreError(f"{store.path} was made with the intensity rule {store.attrs['intensity']}; use the same")
 
 
 def _choose_grid(space: Space, sources: list[ScanSource]) -> Grid:
     if space is not Space.auto:
-        return GRIDS[MNI152 if space is Space.mni else NATIVE]
+        return GRIDS[_SPACES[space]]
     for source in sources:
         try:
             volume, _ = load_volume(source)
@@ -224,15 +298,23 @@ def _choose_grid(space: Space, sources: list[ScanSource]) -> Grid:
     return GRIDS[NATIVE]
 
 
-def _phenotypes(source: Path, layout: Layout, table: Path | None, sources: list[ScanSource]) -> Phenotypes | None:
+def _phenotypes(
+    source: Path, layout: Layout, table: Path | None, rows: list[ScanRow], store: VolumeStore | None
+) -> Phenotypes | None:
+    """Join the table that is given; without one a store that has phenotypes keeps them, and new rows have none."""
     if table is None and layout is Layout.bids and (source / "participants.tsv").is_file():
         table = source / "participants.tsv"
-    if table is None:
+    if table is not None:
+        return join_phenotypes(table, [row.participant for row in rows], [row.session for row in rows])
+    if store is None or not len(store.phenotypes.columns) or len(store.scans) == len(rows):
         return None
-    return join_phenotypes(table, [s.participant for s in sources], [s.session for s in sources])
+    added = len(rows) - len(store.scans)
+    warning = f"{added} new scans have no phenotypes; give the table again with --phenotypes"
+    return Phenotypes(store.phenotypes.reindex(range(len(rows))), store.variables, [warning])
 
 
-def _summarise(rows: list[ScanRow], seconds: float, phenotypes: Phenotypes | None, *, simulated: bool) -> IngestSummary:
+def _summarise(plan: Plan, seconds: float, phenotypes: Phenotypes | None, *, simulated: bool) -> IngestSummary:
+    rows = plan.rows
     warnings = list(phenotypes.warnings) if phenotypes else []
     cut = [row for row in rows if row.cut_off_voxels]
     if cut:
@@ -246,7 +328,10 @@ def _summarise(rows: list[ScanRow], seconds: float, phenotypes: Phenotypes | Non
         scans=len(rows),
         status=dict(sorted(status.items())),
         seconds=round(seconds, 3),
-        volumes_per_second=float(np.round(status["ok"] / seconds, 3)),
+        volumes_per_second=round(sum(rows[number].status == "ok" for number in plan.todo) / seconds, 3),
+        new=plan.new,
+        changed=plan.changed,
+        retried=plan.retried,
         simulated=simulated,
         failures=[
             (row.source, row.status, row.error)

@@ -10,8 +10,8 @@ The raw LZ4 block of a slab is bytes ``offset + 4`` to ``offset + nbytes - 4``: 
 
 from __future__ import annotations
 
-import contextlib
 import os
+import uuid
 from pathlib import Path
 
 import google_crc32c
@@ -60,16 +60,35 @@ def shard_path(store: Path, row: int) -> Path:
 
 
 def write_shard(path: Path, content: bytes) -> None:
-    """Write a shard so that it is there whole or not at all, also after a power cut."""
+    """Write a shard so that it is there whole or not at all, also after a power cut.
+
+    What an earlier writer of the same shard left unfinished is removed. Two writers at once, which a cluster may start
+    when it takes a slow worker for a dead one, write the same bytes; the one that comes second finds them written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_unfinished(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except FileNotFoundError:
+            if not path.is_file():
+                raise
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_shard(path: Path) -> None:
+    """Remove a shard and what was left of writing it, if there is any."""
+    path.unlink(missing_ok=True)
+    _remove_unfinished(path)
+
+
+def _remove_unfinished(path: Path) -> None:
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)

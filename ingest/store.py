@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,25 +82,27 @@ def package_versions(*names: str) -> dict[str, str]:
 
 
 def create_store(
-    path: Path, scans: int, grid: Grid, *, slab: int = DEFAULT_SLAB, attrs: Mapping[str, Any] | None = None
+    path: Path, rows: Sequence[ScanRow], grid: Grid, *, slab: int = DEFAULT_SLAB, attrs: Mapping[str, Any] | None = None
 ) -> None:
-    """Create an empty store: attributes and the ``volumes`` array without shards.
+    """Create a store without shards; it appears by one rename when its tables and attributes are there.
 
     Parameters
     ----------
     path
         A folder that does not exist yet.
-    scans
-        Rows.
+    rows
+        One per scan, ``pending`` or settled.
     attrs
         More attributes (intensity, settings, ...).
     """
     depth, height, width = grid.shape_zyx
+    staged = _staged(path)
+    shutil.rmtree(staged, ignore_errors=True)
     with quiet_zarr():
-        root = zarr.open_group(path, mode="w-", zarr_format=3)
+        root = zarr.open_group(staged, mode="w-", zarr_format=3)
         root.create_array(
             "volumes",
-            shape=(scans, depth, height, width),
+            shape=(len(rows), depth, height, width),
             chunks=(1, slab, height, width),
             shards=(1, depth, height, width),
             dtype="uint8",
@@ -116,10 +119,60 @@ def create_store(
             "format_version": FORMAT_VERSION,
             "store_id": uuid.uuid4().hex,
             "grid": grid.to_json(),
+            "simulated": False,
             "created_by": package_versions("zarr", "numcodecs", "nibabel", "numpy"),
             **(attrs or {}),
         }
     )
+    _write_rows(root.create_group("scans"), rows)
+    staged.rename(path)
+
+
+def grow_store(path: Path, scans: int) -> None:
+    """Give the ``volumes`` array of a store more rows; the shards that it has stay as they are."""
+    file = path / "volumes" / "zarr.json"
+    meta = json.loads(file.read_text())
+    meta["shape"][0] = scans
+    _replace_file(file, json.dumps(meta, indent=2))
+
+
+def recover_store(path: Path) -> None:
+    """Finish or undo what a killed run was doing to the tables. Only for whoever holds the lock."""
+    staged, old = _staged(path), _old(path)
+    for name in ("scans", "phenotypes"):
+        if (old / name).is_dir() and not (path / name).is_dir():
+            source = staged / name if (staged / name).is_dir() else old / name
+            source.rename(path / name)
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(path.name + ".staged")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def _replace_group(path: Path, name: str, write: Callable[[zarr.Group], None]) -> None:
+    """Write a group of columns beside the store, then exchange it for the one that is there."""
+    staged, old = _staged(path), _old(path)
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    write(zarr.open_group(staged, mode="w-", zarr_format=3).create_group(name))
+    old.mkdir()
+    if (path / name).is_dir():
+        (path / name).rename(old / name)
+    (staged / name).rename(path / name)
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_file(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def write_column(group: zarr.Group, name: str, values: Any, attrs: Mapping[str, Any] | None = None) -> None:
@@ -145,26 +198,41 @@ def write_column(group: zarr.Group, name: str, values: Any, attrs: Mapping[str, 
         column.attrs.update(attrs)
 
 
-def write_scans(path: Path, rows: list[ScanRow]) -> None:
-    """Write the ``scans/`` columns, ``status`` last: while it is absent the store is known to be unfinished."""
-    root = zarr.open_group(path, mode="r+", zarr_format=3)
-    group = root.require_group("scans")
+def write_scans(path: Path, rows: Sequence[ScanRow]) -> None:
+    """Replace the ``scans/`` columns; a reader finds the old ones or the new ones."""
+    _replace_group(path, "scans", lambda group: _write_rows(group, rows))
+
+
+def _write_rows(group: zarr.Group, rows: Sequence[ScanRow]) -> None:
+    """Write a column per field, ``status`` last: a store without it is unfinished."""
     names = [field.name for field in fields(ScanRow)]
     names.sort(key=lambda name: name == "status")
     for name in names:
         write_column(group, name, [getattr(row, name) for row in rows])
 
 
+def rows_of(scans: pd.DataFrame) -> list[ScanRow]:
+    """Return the rows of an open store's ``scans`` table."""
+    columns = [scans[field.name].tolist() for field in fields(ScanRow)]
+    return [ScanRow(*values) for values in zip(*columns, strict=True)]
+
+
 def write_phenotypes(path: Path, table: pd.DataFrame, variables: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the ``phenotypes/`` columns with their attributes; `table` has one row per scan."""
-    group = zarr.open_group(path, mode="r+", zarr_format=3).require_group("phenotypes")
-    for name in table.columns:
-        write_column(group, str(name), table[name].to_numpy(np.float64), variables.get(str(name)))
+    """Replace the ``phenotypes/`` columns and their attributes; `table` has one row per scan."""
+
+    def write(group: zarr.Group) -> None:
+        for name in table.columns:
+            write_column(group, str(name), table[name].to_numpy(np.float64), variables.get(str(name)))
+
+    _replace_group(path, "phenotypes", write)
 
 
 def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
-    """Add attributes to a store."""
-    zarr.open_group(path, mode="r+", zarr_format=3).attrs.update(attrs)
+    """Add attributes to a store, at once or not at all."""
+    file = path / "zarr.json"
+    meta = json.loads(file.read_text())
+    meta["attributes"] = {**meta.get("attributes", {}), **attrs}
+    _replace_file(file, json.dumps(meta, indent=2))
 
 
 def read_columns(root: zarr.Group, name: str) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ingest.decode import decode_shard
 from ingest.errors import StoreError
 from ingest.shard import shard_path
 from ingest.store import VolumeStore, open_store
-from loaders.decode import decode_shard
 
 _INNER_CODECS = ["bytes", "numcodecs.lz4", "crc32c"]
 _INDEX_CODECS = ["bytes", "crc32c"]

@@ -15,7 +15,7 @@ import zarr
 from ingest.grid import NATIVE_GRID
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_path, write_shard
-from ingest.store import create_store, set_attributes, write_scans
+from ingest.store import create_store, grow_store, set_attributes, write_scans
 from loaders import CorruptShardError, VolumeReader, open_loader
 from loaders.order import epoch_order
 
@@ -27,7 +27,8 @@ BAD_ROW = 4
 def store(tmp_path_factory) -> Path:
     """Return a store of random volumes; row 4 holds none."""
     path = tmp_path_factory.mktemp("loaders") / "a.zarr"
-    create_store(path, SCANS, NATIVE_GRID)
+    create_store(path, [], NATIVE_GRID)
+    grow_store(path, SCANS)
     rng = np.random.default_rng(0)
     rows = []
     for row in range(SCANS):

@@ -23,13 +23,13 @@ from hypothesis.extra.numpy import arrays
 from reference import mni_picture, native_picture
 
 from ingest import IngestSettings, ingest, open_store
+from ingest.decode import decode_shard, decode_shard_slowly
 from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE
 from ingest.inspection import summarise_store
 from ingest.run import Space
 from ingest.scan import STATUSES
 from ingest.shard import encode_shard, index_bytes
-from loaders.decode import decode_shard, decode_shard_slowly
 from loaders.reader import VolumeReader
 
 MEMBER = "T1/T1_brain_to_MNI.nii.gz"
@@ -238,13 +238,6 @@ def test_real_brains_and_odd_files(real_data, tmp_path):
     assert np.abs(difference).max() <= 1
 
 
-def test_an_existing_store_is_not_overwritten_unasked(stored, ukb):
-    before = stored[0].stat().st_mtime_ns
-    with pytest.raises(StoreError, match="--overwrite"):
-        ingest(ukb, stored[0])
-    assert stored[0].stat().st_mtime_ns == before
-
-
 def test_a_folder_that_is_no_store_is_never_deleted(ukb, tmp_path):
     (tmp_path / "precious.txt").write_text("x")
     with pytest.raises(StoreError, match="not a Zarr store"):
@@ -375,6 +368,10 @@ def test_command_line(ukb, tmp_path):
     assert "MNI152" in text
 
     done = run(ukb, out)
+    assert done.returncode == 1  # the bad files are still bad
+    assert "11 scans" in done.stdout
+    assert "0 new, 0 changed, 0 tried again" in done.stdout
+    done = run(ukb, out, "--slab", 8)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "--overwrite" in done.stderr

@@ -1,0 +1,68 @@
+"""One writer at a time: a lock beside the store that the kernel gives up when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ingest.errors import StoreError
+
+#: What a file system answers that has no locks at all (some network mounts).
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
+
+
+@contextlib.contextmanager
+def store_lock(store: Path) -> Iterator[None]:
+    """Hold the only right to write to a store while the block runs.
+
+    The lock is ``flock`` on ``STORE.lock``, so a killed run leaves none behind. It works between machines where the
+    file system supports it (local disks, NFS 4, Lustre mounted with ``flock``).
+
+    Raises
+    ------
+    StoreError
+        If another process holds it; names that process.
+    """
+    path = store.with_name(store.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _acquire(path, store)
+    try:
+        os.ftruncate(descriptor, 0)
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        os.write(descriptor, holder.encode())
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()  # before the lock is given up: whoever waits for it finds that the file is another one
+        os.close(descriptor)
+
+
+def _acquire(path: Path, store: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise StoreError(
+                f"{store} is being written by {holder}; wait until that has ended, or stop it first"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                raise StoreError(
+                    f"{path.parent} cannot lock files ({error.strerror}), so a second writer could not be kept out; "
+                    "put the store on a local disk, NFS 4 or Lustre mounted with flock"
+                ) from None
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # its last holder removed it in between: try the new one
