@@ -1,20 +1,40 @@
-"""Bytes of a scan: a plain file, or a member of a UK Biobank zip."""
+"""Bytes of a scan: a plain file, a ``.hdr`` / ``.img`` pair, or a member of a UK Biobank zip."""
 
 from __future__ import annotations
 
 import io
+import os
+import stat
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ingest.errors import ScanError
 from ingest.scan import ScanSource
 
-#: A member may claim any size; a .nii.gz of a brain is never larger.
+#: Larger files are not read: an archive of UK Biobank has 100 MB, one brain volume never more than a few GB.
+MAX_FILE_BYTES = 4 << 30
+#: A member may claim any size; a brain volume is never larger.
 MAX_MEMBER_BYTES = 1 << 30
+#: Far more members than the 45 of UK Biobank's T1 archives. Python makes an object of each.
+MAX_DIRECTORY_BYTES = 4 << 20
 MATRIX_MEMBER = "T1/transforms/T1_to_MNI_linear.mat"
+
+_MAX_MATRIX_BYTES = 1 << 16
+_MAX_GZIP_RATIO = 100  # gzipped data hardly shrink again; deflate's own limit is 1032
+_PIECE = 1 << 20
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # the others inflate without a bound on memory
+_PAIR_SUFFIXES = {".img": (".hdr", ".hdr.gz", ".HDR"), ".hdr": (".img", ".img.gz", ".IMG")}
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass(frozen=True)
@@ -24,57 +44,142 @@ class ScanContent:
     Attributes
     ----------
     nifti
-        The bytes of the .nii or .nii.gz file.
+        The bytes of the .nii or .nii.gz file, or of the header of a pair.
     head_scale
         Determinant of the archive's linear transform to MNI152, NaN where there is none.
+    image
+        The bytes of the .img or .img.gz file of a pair, else None.
     """
 
     nifti: bytes
     head_scale: float = float("nan")
+    image: bytes | None = None
 
 
 def read_scan(source: ScanSource) -> ScanContent:
-    """Read one scan.
+    """Read one scan, in bounded time and memory whatever its files claim.
+
+    Nothing is written to disk: members of archives are matched by their exact names, so hostile ones do no harm.
 
     Raises
     ------
     ScanError
-        ``read_error``, ``bad_archive``, ``missing_member`` or ``unusable``.
+        ``read_error``, ``bad_archive``, ``missing_member``, ``unusable``, or ``unsupported`` for files of absurd size.
     """
+    if source.member is not None:
+        content = _read_file(source.path, too_large="bad_archive")
+        try:
+            _check_directory(content)
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                return _read_members(archive, source.member)
+        except (
+            zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError, MemoryError, NotImplementedError,
+            OSError, OverflowError, RuntimeError, ValueError,
+        ) as error:  # fmt: skip
+            raise ScanError("bad_archive", f"the zip cannot be read: {error or type(error).__name__}") from None
+    stem, suffix = _split(source.path)
+    if suffix not in _PAIR_SUFFIXES:
+        return ScanContent(_read_file(source.path))
+    other = next((stem + s for s in _PAIR_SUFFIXES[suffix] if os.path.exists(stem + s)), None)
+    if other is None:
+        expected = " or ".join(os.path.basename(stem) + s for s in _PAIR_SUFFIXES[suffix][:2])
+        raise ScanError("read_error", f"half of a pair: no {expected} beside it")
+    header, image = (other, source.path) if suffix == ".img" else (source.path, other)
+    return ScanContent(_read_file(header), image=_read_file(image))
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Split off the suffix, in lower case and without ``.gz``."""
+    stem, suffix = os.path.splitext(path)
+    if suffix.lower() == ".gz":
+        stem, suffix = os.path.splitext(stem)
+    return stem, suffix.lower()
+
+
+def _read_file(path: str, *, too_large: str = "unsupported") -> bytes:
+    """Read a regular file whole, sequentially: the Research Analysis Platform's mount is slow at seeking about."""
     try:
-        # One sequential read: the Research Analysis Platform's mount is slow at seeking about in an archive.
-        content = Path(source.path).read_bytes()
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            raise ScanError("read_error", f"{kind}, not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ScanError(too_large, f"{status.st_size} bytes; files of more than {MAX_FILE_BYTES} are not read")
+        with open(path, "rb") as file:
+            return file.read(status.st_size)
     except OSError as error:
         raise ScanError("read_error", f"{type(error).__name__}: {error.strerror or error}") from None
-    if source.member is None:
-        return ScanContent(content)
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return _read_members(archive, source.member)
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise ScanError("bad_archive", f"the zip cannot be read: {error or type(error).__name__}") from None
+    except (MemoryError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise ScanError("read_error", f"{type(error).__name__}: {error or 'the file is too large'}") from None
+
+
+def _check_directory(content: bytes) -> None:
+    """Refuse a zip with millions of members before `zipfile` makes millions of objects."""
+    end = content.rfind(b"PK\x05\x06", max(0, len(content) - (1 << 16) - 22), max(0, len(content) - 18))
+    if end < 0:
+        raise zipfile.BadZipFile("no end of a zip; truncated, or another kind of file")
+    size = int.from_bytes(content[end + 12 : end + 16], "little")
+    if content[max(0, end - 20) : end].startswith(b"PK\x06\x07"):  # zip64
+        size64 = int.from_bytes(content[max(0, end - 36) : end - 28], "little")
+        size = size64 if size == 0xFFFFFFFF else max(size, size64)
+    if size > MAX_DIRECTORY_BYTES:
+        raise zipfile.BadZipFile(f"its list of members has {size} bytes, more than any archive of scans")
 
 
 def _read_members(archive: zipfile.ZipFile, member: str) -> ScanContent:
-    names = set(archive.namelist())
-    if member not in names:
-        folder, _, name = member.rpartition("/")
-        if f"{folder}/unusable/{name}" in names or any(n.startswith(f"{folder}/unusable/") for n in names):
-            raise ScanError("unusable", f"UK Biobank's pipeline moved the scan to {folder}/unusable/")
+    # `orig_filename` is what the archive says; `filename` ends at the first NUL.
+    members = [info for info in archive.infolist() if not info.is_dir()]
+    if not members:
+        raise ScanError("bad_archive", "the archive is empty")
+    info = _member(members, member)
+    if info is None:
+        unusable = f"{member.partition('/')[0]}/unusable/"
+        if any(other.orig_filename.startswith(unusable) for other in members):
+            raise ScanError("unusable", f"UK Biobank's pipeline moved the scan to {unusable}")
         raise ScanError("missing_member", f"the archive has no {member}")
-    info = archive.getinfo(member)
-    if info.file_size > MAX_MEMBER_BYTES:
-        raise ScanError("bad_archive", f"{member} claims {info.file_size} bytes, more than any brain scan")
-    matrix = archive.read(MATRIX_MEMBER) if MATRIX_MEMBER in names else None
-    return ScanContent(archive.read(member), _determinant(matrix))
+    ratio = _MAX_GZIP_RATIO * info.compress_size
+    if member.lower().endswith(".gz") and info.file_size > _PIECE + ratio:
+        raise ScanError(
+            "bad_archive", f"{member} claims to inflate from {info.compress_size} to {info.file_size} bytes"
+        )
+    matrix = _member(members, MATRIX_MEMBER)
+    head_scale = _determinant(_read_member(archive, matrix, _MAX_MATRIX_BYTES)) if matrix else float("nan")
+    return ScanContent(_read_member(archive, info, MAX_MEMBER_BYTES), head_scale)
 
 
-def _determinant(matrix: bytes | None) -> float:
-    """Return the volumetric scaling of an FSL FLIRT matrix (4 rows of 4 numbers), NaN if there is none."""
-    if matrix is None:
-        return float("nan")
+def _member(members: list[zipfile.ZipInfo], name: str) -> zipfile.ZipInfo | None:
+    found = [info for info in members if info.orig_filename == name]
+    if len(found) > 1:
+        raise ScanError("bad_archive", f"the archive has {len(found)} members named {name}")
+    return found[0] if found else None
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+    name = info.orig_filename
+    if info.flag_bits & 1:
+        raise ScanError("bad_archive", f"{name} is encrypted")
+    if info.compress_type not in _METHODS:
+        method = f"method {info.compress_type}"
+        raise ScanError("bad_archive", f"{name} is compressed by {method}, expected 8 (deflate) or 0 (stored)")
+    if info.file_size > limit:
+        raise ScanError("bad_archive", f"{name} claims {info.file_size} bytes, more than any brain scan")
+    # In pieces: zipfile inflates as much as it is asked for, and only then cuts off what the member did not announce.
+    pieces = []
+    with archive.open(info) as file:
+        while piece := file.read(_PIECE):
+            pieces.append(piece)
+    content = b"".join(pieces)
+    if len(content) != info.file_size:
+        raise ScanError("bad_archive", f"{name} has {len(content)} bytes, the archive announces {info.file_size}")
+    return content
+
+
+def _determinant(matrix: bytes) -> float:
+    """Return the volumetric scaling of an FSL FLIRT matrix (4 rows of 4 numbers), NaN if it is not one."""
     try:
         values = np.array(matrix.split(), dtype=np.float64).reshape(4, 4)
     except ValueError:
+        return float("nan")
+    if not (np.abs(values) < 1e6).all():  # NaN too
         return float("nan")
     return float(abs(np.linalg.det(values[:3, :3])))

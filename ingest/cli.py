@@ -20,6 +20,8 @@ from ingest.progress import progress_bar
 from ingest.run import IngestSettings, IngestSummary, Space, ingest
 from ingest.simulate import simulate_cohort
 from ingest.store import DEFAULT_SLAB
+from ingest.verify import VerifyReport, verify
+from ingest.withdraw import withdraw
 
 _SHOWN_FAILURES = 20
 
@@ -51,12 +53,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 @app.command("run")
 def run_command(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="UK Biobank zips, a BIDS tree, or a folder of NIfTI files.")
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="UK Biobank zips, a BIDS tree, a folder of NIfTI files, or a manifest (CSV or TSV with the columns "
+            "path, participant, session, modality).",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The store to make, go on with, or add to.")],
     layout: Annotated[Layout, typer.Option(help="How the scans are named.")] = Layout.auto,
     image: Annotated[
-        str | None, typer.Option(help="UKB: member (T1_brain); BIDS: suffix (T1w); flat: part of the name.")
+        str | None,
+        typer.Option(
+            help="The one image type of the store. UKB: member (T1_brain_to_MNI, T2_FLAIR_brain_to_MNI); "
+            "BIDS: suffix, with entities (T1w, space-MNI152NLin2009cAsym_T1w); flat: part of the name."
+        ),
     ] = None,
     space: Annotated[
         Space, typer.Option(help="Space of the store; auto: that of the first readable scan.")
@@ -71,6 +82,12 @@ def run_command(
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Read again what an earlier run failed to read.")
+    ] = False,
+    withdrawn: Annotated[
+        Path | None, typer.Option(metavar="LIST", help="People who withdrew: pass their scans over.")
+    ] = None,
+    allow_readd: Annotated[
+        bool, typer.Option("--allow-readd", help="Take anybody, though people have been withdrawn from OUT.zarr.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr if it exists.")] = False,
     as_json: AsJson = False,
@@ -87,6 +104,8 @@ def run_command(
             scheduler=scheduler,
             overwrite=overwrite,
             retry_failed=retry_failed,
+            withdrawn=withdrawn,
+            allow_readd=allow_readd,
             on_plan=lambda scans: progress.update(bar, total=scans),
             on_scan=lambda _: progress.advance(bar),
         )
@@ -109,6 +128,67 @@ def inspect_command(
         print(json.dumps(summary.to_json()))
     else:
         _print_store(summary, store)
+
+
+@app.command("withdraw")
+def withdraw_command(
+    list_file: Annotated[Path, typer.Argument(metavar="LIST", help="One participant id a line.")],
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Volume stores and embeddings.")],
+    as_json: AsJson = False,
+) -> None:
+    """Remove people who withdrew from every store named, for good."""
+    record = withdraw(list_file, stores)
+    if as_json:
+        print(json.dumps(record.to_json()))
+        return
+    console.print(
+        f"{record.date}: {record.people_on_list} people on {record.list_name} (sha256 {record.list_sha256[:16]})",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    for removal in record.removals:
+        console.print(
+            f"{removal.store}: removed {removal.people} people, {removal.scans} scans, "
+            f"{removal.bytes_deleted / 1e6:,.1f} MB of {removal.kind}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    console.print("Make reports that show brains again, and look for copies elsewhere.", highlight=False)
+
+
+@app.command("verify")
+def verify_command(
+    store: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="A store.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="SRC", help="The folder that was ingested: compare with its scans.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=0, help="How many scans to compare; 0 compares all.")] = 20,
+    repair: Annotated[bool, typer.Option("--repair", help="Ingest damaged scans again; needs --against.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Threads; 0 takes one per core, at most 8.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a store, and name the scans that are damaged."""
+    if repair and against is None:
+        raise typer.BadParameter("a repair reads the sources again; add --against SRC", param_hint="--repair")
+    with progress_bar("verify", errors) as progress:
+        bar = progress.add_task("verify", total=None)
+        report = verify(
+            store,
+            against=against,
+            sample=sample,
+            repair=repair,
+            threads=workers or None,
+            on_plan=lambda scans: progress.update(bar, total=scans),
+            on_scan=lambda _: progress.advance(bar),
+        )
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        _print_verify(report, store)
+    if not report.clean:
+        raise typer.Exit(1)
 
 
 @app.command("simulate")
@@ -169,6 +249,28 @@ def _print_store(summary: StoreSummary, store: Path) -> None:
     for name, counts in summary.phenotypes.items():
         table.add_row(f"phenotype {escape(name)}", f"{counts['missing']} missing")
     console.print(table, highlight=False)
+
+
+def _print_verify(report: VerifyReport, store: Path) -> None:
+    compared = f", {report.compared} compared with their source" if report.compared else ""
+    repaired = f", {report.repaired} repaired" if report.repaired else ""
+    console.print(
+        f"{store}: {report.scans} scans, {report.checked} volumes checked{compared} in {report.seconds:.1f} s "
+        f"({report.bytes / 1e9 / max(report.seconds, 1e-3):.2f} GB/s); {len(report.findings)} findings{repaired}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    if not report.findings:
+        return
+    table = Table("row", "participant", "session", "finding", "detail", "source", box=None, padding=(0, 2, 0, 0))
+    for finding in report.findings[:_SHOWN_FAILURES]:
+        row = "" if finding.row is None else str(finding.row)
+        cells = (row, finding.participant, finding.session, finding.kind, finding.detail, finding.source)
+        table.add_row(*(escape(cell) for cell in cells))
+    console.print(table, highlight=False)
+    if len(report.findings) > _SHOWN_FAILURES:
+        console.print(f"... and {len(report.findings) - _SHOWN_FAILURES} more; --json lists all", highlight=False)
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def _crop(data: np.ndarray, first: np.ndarray, volume: NiftiVolume, shape: tuple
     for axis, inside in enumerate(start):  # six boxes around the crop, without overlap
         for outside in (slice(0, inside.start), slice(inside.stop, None)):
             box = rest[(slice(None),) * axis + (outside,)]
-            cut_off += int(np.count_nonzero(box * volume.slope + volume.inter > 0))
+            cut_off += int(np.count_nonzero(clean(box, volume.slope, volume.inter)))
         rest = rest[(slice(None),) * axis + (inside,)]
     return ConformedVolume(out, cut_off)
 
@@ -179,7 +179,10 @@ def _head_centre(values: np.ndarray, linear: np.ndarray, half_mm: np.ndarray) ->
     coarse = np.empty(tuple(shape_xyz[::-1]), np.float32)
     sample_trilinear(values, matrix, coarse)
 
-    threshold = otsu_threshold(coarse[coarse > 0])
+    positive = coarse[coarse > 0]
+    if positive.size == 0:
+        raise ScanError("bad_image", "positive voxels are scattered so thinly that no head can be found")
+    threshold = otsu_threshold(positive)
     labels, found = ndimage.label(coarse > threshold)
     if found == 0:
         raise ScanError("bad_image", "all positive voxels have the same intensity")
@@ -196,6 +199,7 @@ def _head_centre(values: np.ndarray, linear: np.ndarray, half_mm: np.ndarray) ->
 
 def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     """Return the threshold that best parts `values` in two classes (Otsu 1979, doi 10.1109/TSMC.1979.4310076)."""
+    values = values.astype(np.float64)  # float32 has no room for 256 bins of the smallest, or sums of the largest
     counts, edges = np.histogram(values, bins=bins, range=(0, np.percentile(values, 99.5)))
     middles = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)

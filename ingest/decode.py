@@ -38,7 +38,7 @@ def decode_shard_slowly(content: np.ndarray, slab: int, out: np.ndarray) -> None
     ValueError
         If the shard is damaged.
     """
-    for number, (offset, nbytes) in enumerate(_read_index(content, out.shape[0] // slab).tolist()):
+    for number, (offset, nbytes) in enumerate(read_index(content, out.shape[0] // slab).tolist()):
         target = out[number * slab : (number + 1) * slab]
         if _lies_outside(offset, nbytes, len(content)):
             _refuse(_OUTSIDE, number, offset, nbytes)
@@ -53,7 +53,7 @@ def decode_shard_slowly(content: np.ndarray, slab: int, out: np.ndarray) -> None
             _refuse(_LZ4, number, offset, nbytes)
 
 
-def _read_index(content: np.ndarray, slabs: int) -> np.ndarray:
+def read_index(content: np.ndarray, slabs: int) -> np.ndarray:
     """Return offset and length of each slab, uint64 (slab, 2)."""
     tail = index_bytes(slabs)
     if len(content) < tail:
@@ -136,7 +136,7 @@ def _uint32_at(content: np.ndarray, at: int) -> int:
 
 def _decode_shard_compiled(content: np.ndarray, slab: int, out: np.ndarray) -> None:
     slabs = out.shape[0] // slab
-    index = _read_index(content, slabs)
+    index = read_index(content, slabs)
     fault, number = _decode_slabs(content, index, out.reshape(slabs, -1))
     if fault:
         _refuse(fault, number, *index[number].tolist())

@@ -1,15 +1,27 @@
-"""Finding the scans in a folder: UK Biobank bulk files, BIDS, or any folder of NIfTI files."""
+"""Finding the scans: UK Biobank bulk files, BIDS, any folder of NIfTI files, or a table that lists them."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
+from ingest.discover import walk_files
 from ingest.errors import SourceError
+from ingest.manifest import read_manifest
+from ingest.names import (
+    BIDS_EXTRAS,
+    BIDS_SUFFIX,
+    UKB_FIELDS,
+    Ranked,
+    bids_scan,
+    flat_scan,
+    one_per_pair,
+    ukb_scan,
+    volume_stem,
+)
 from ingest.scan import ScanSource
 
 
@@ -20,120 +32,111 @@ class Layout(StrEnum):
     ukb = "ukb"
     bids = "bids"
     flat = "flat"
+    manifest = "manifest"
 
 
-@dataclass(frozen=True)
-class BulkField:
-    """A UK Biobank bulk field whose archives hold volumes."""
-
-    modality: str
-    folder: str
-    image: str
-
-
-#: Bulk fields and the member that is read unless ``--image`` names another.
-UKB_FIELDS = {
-    "20252": BulkField("T1", "T1", "T1_brain_to_MNI"),
-    "20253": BulkField("FLAIR", "T2_FLAIR", "T2_FLAIR_brain_to_MNI"),
+#: How each layout reads a name; `Layout.auto` takes the first that finds anything.
+_READERS: dict[Layout, Callable[[str, str, str | None], Ranked | None]] = {
+    Layout.ukb: ukb_scan,
+    Layout.bids: bids_scan,
+    Layout.flat: flat_scan,
 }
-BIDS_SUFFIX = "T1w"
-
-_UKB_NAME = re.compile(r"^(?P<eid>\d+)_(?P<field>\d+)_(?P<instance>\d+)_(?P<array>\d+)\.zip$")
-_BIDS_NAME = re.compile(
-    r"^sub-(?P<sub>[0-9A-Za-z]+)(?P<entities>(_[a-z]+-[0-9A-Za-z+]+)*)_(?P<suffix>[0-9A-Za-z]+)\.nii(\.gz)?$"
-)
-_NIFTI_SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_TABLES = (".csv", ".tsv")
 
 
-def find_scans(folder: Path, layout: Layout = Layout.auto, image: str | None = None) -> tuple[Layout, list[ScanSource]]:
-    """List the scans of a folder, sorted by name.
+def find_scans(source: Path, layout: Layout = Layout.auto, image: str | None = None) -> tuple[Layout, list[ScanSource]]:
+    """List the scans of a folder or of a manifest.
+
+    One image type per store. Without `image` that is T1 in a UK Biobank tree, or FLAIR if there is no T1; and T1w in a
+    BIDS tree, not resampled (no ``space-``) if there are such. Files of other types are passed over.
 
     Parameters
     ----------
-    folder
-        Searched with all its subfolders; hidden ones and BIDS ``derivatives`` are left out.
+    source
+        A folder, searched with all its subfolders (hidden ones, and in BIDS ``derivatives``, ``sourcedata`` and
+        ``code`` below it are left out); or a CSV or TSV table, see `ingest.manifest.read_manifest`.
     layout
-        `Layout.auto` takes the first of ukb, bids, flat that finds anything.
+        `Layout.auto` takes a ``.csv`` or ``.tsv`` file for a manifest, and of a folder the first of ukb, bids, flat
+        that finds anything.
     image
-        UK Biobank: the member's name without folder and suffix (``T1_brain``); BIDS: the suffix (``T1w``, ``FLAIR``);
-        flat: a text that the file name must hold.
+        UK Biobank: the member, ``T1_brain`` (field 20252) or ``T2_FLAIR_brain_to_MNI`` (20253); BIDS: the suffix,
+        with entities that the name must have (``T1w``, ``space-MNI152NLin2009cAsym_T1w``); flat: a text that the file
+        name must hold.
+
+    Returns
+    -------
+    layout : Layout
+        The one that was found.
+    scans : list of ScanSource
+        Sorted by name; no name occurs twice.
 
     Raises
     ------
     SourceError
-        If the folder does not exist or holds no scan of the layout.
+        If `source` does not exist, a folder cannot be listed, or there is no scan.
     """
-    if not folder.is_dir():
-        raise SourceError(f"no folder {folder}; expected a folder of UK Biobank zips, a BIDS tree or NIfTI files")
-    files = sorted(_walk(folder))
-    candidates = [Layout.ukb, Layout.bids, Layout.flat] if layout is Layout.auto else [layout]
-    for candidate in candidates:
-        if candidate is Layout.ukb:
-            scans = [s for s in (_ukb_scan(folder, f, image) for f in files) if s]
-        elif candidate is Layout.bids:
-            scans = [s for s in (_bids_scan(folder, f, image or BIDS_SUFFIX) for f in files) if s]
-        else:
-            scans = [s for s in (_flat_scan(folder, f, image) for f in files) if s]
-        if scans:
-            return candidate, scans
+    if layout is Layout.manifest or (layout is Layout.auto and source.suffix.lower() in _TABLES and source.is_file()):
+        if not source.is_file():
+            raise SourceError(f"no table {source}; --layout manifest expects a CSV or TSV file as SRC")
+        return Layout.manifest, _sorted(read_manifest(source, image))
+    if not source.is_dir():
+        problem = f"{source} is not a folder" if source.exists() else f"no folder {source}"
+        raise SourceError(
+            f"{problem}; expected a folder of UK Biobank zips, a BIDS tree or NIfTI files, or a manifest (.csv, .tsv)"
+        )
+    layouts = list(_READERS) if layout is Layout.auto else [layout]
+    bids_folders_only = layout is Layout.bids or (
+        layout is Layout.auto and (source / "dataset_description.json").is_file()
+    )
+    root = str(source.absolute())
+    best: tuple[int, int] | None = None
+    scans: list[ScanSource] = []
+    kinds: Counter[str] = Counter()
+    for relative, names in walk_files(source, BIDS_EXTRAS if bids_folders_only else ()):
+        for name in one_per_pair(names):
+            kinds[_kind(name)] += 1
+            file = os.path.join(relative, name)
+            for place, candidate in enumerate(layouts):
+                if best and place > best[0]:
+                    break
+                ranked = _READERS[candidate](root, file, image)
+                if ranked is None:
+                    continue
+                if best is None or (place, ranked[0]) < best:
+                    best, scans = (place, ranked[0]), []
+                if (place, ranked[0]) == best:
+                    scans.append(ranked[1])
+                break
+    if best is None:
+        raise SourceError(_nothing_found(source, layout, image, kinds))
+    return layouts[best[0]], _sorted(scans)
+
+
+def _sorted(scans: list[ScanSource]) -> list[ScanSource]:
+    scans.sort(key=lambda scan: scan.name)
+    return scans
+
+
+def _kind(name: str) -> str:
+    """Say of which kind a file is, in few different words."""
+    if volume_stem(name) is None:
+        return "zip" if name.lower().endswith(".zip") else "other"
+    return "BIDS" if name.startswith("sub-") else "NIfTI"
+
+
+def _nothing_found(source: Path, layout: Layout, image: str | None, kinds: Counter[str]) -> str:
+    fields = [f"{field} ({bulk.modality})" for field, bulk in UKB_FIELDS.items()]
     expected = {
-        Layout.auto: "UK Biobank zips (1234567_20252_2_0.zip), BIDS (sub-01_T1w.nii.gz) or NIfTI files (.nii, .nii.gz)",
-        Layout.ukb: "zips named like 1234567_20252_2_0.zip (T1) or ..._20253_2_0.zip (FLAIR)",
+        Layout.ukb: f"zips named like 1234567_20252_2_0.zip, of the fields {' or '.join(fields)}",
         Layout.bids: f"files named like sub-01_{image or BIDS_SUFFIX}.nii.gz",
-        Layout.flat: "files ending in .nii or .nii.gz" + (f" with {image!r} in their name" if image else ""),
-    }[layout]
-    raise SourceError(f"no scans among the {len(files)} files under {folder}; expected {expected}")
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield the files below a folder, relative to it."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and f != "derivatives"]
-        relative = os.path.relpath(parent, folder)
-        for name in names:
-            if not name.startswith("."):
-                yield name if relative == "." else os.path.join(relative, name)
-
-
-def _ukb_scan(folder: Path, file: str, image: str | None) -> ScanSource | None:
-    # The id is taken from the file's name alone: folders may hold underscores too.
-    match = _UKB_NAME.match(os.path.basename(file))
-    bulk = UKB_FIELDS.get(match["field"]) if match else None
-    if match is None or bulk is None:
-        return None
-    member = f"{bulk.folder}/{image or bulk.image}.nii.gz"
-    return ScanSource(
-        path=str(folder.absolute() / file),
-        name=f"{file}/{member}",
-        participant=match["eid"],
-        session=match["instance"],
-        modality=bulk.modality,
-        member=member,
-    )
-
-
-def _bids_scan(folder: Path, file: str, suffix: str) -> ScanSource | None:
-    match = _BIDS_NAME.match(os.path.basename(file))
-    if match is None or match["suffix"] != suffix:
-        return None
-    entities = dict(pair.split("-", 1) for pair in match["entities"].split("_") if pair)
-    return ScanSource(
-        path=str(folder.absolute() / file),
-        name=file,
-        participant=f"sub-{match['sub']}",
-        session=entities.get("ses", ""),
-        modality=suffix,
-    )
-
-
-def _flat_scan(folder: Path, file: str, image: str | None) -> ScanSource | None:
-    name = os.path.basename(file)
-    if not _NIFTI_SUFFIX.search(name) or (image and image not in name):
-        return None
-    return ScanSource(
-        path=str(folder.absolute() / file),
-        name=file,
-        participant=_NIFTI_SUFFIX.sub("", name),
-        session="",
-        modality=image or "",
-    )
+        Layout.flat: "files ending in .nii, .nii.gz, .img or .img.gz",
+    }
+    if image:
+        expected[Layout.flat] += f" with {image!r} in the name"
+    starts = [bulk.folder for bulk in UKB_FIELDS.values()]
+    if image and not image.startswith(tuple(starts)):
+        expected[Layout.ukb] += f" and an --image that begins with {' or '.join(starts)}"
+    texts = list(expected.values()) if layout is Layout.auto else [expected[layout]]
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "no files"
+    chosen = f" for --image {image}" if image else ""
+    return f"no scans{chosen} under {source} (found: {found}); expected {'; or '.join(texts)}"

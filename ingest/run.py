@@ -38,6 +38,7 @@ from ingest.store import (
     write_phenotypes,
     write_scans,
 )
+from ingest.withdraw import plain_id, read_withdrawals
 from ingest.workers import run_tasks
 
 #: The disk is full, over quota, read-only, or not ours.
@@ -132,6 +133,8 @@ def ingest(
     scheduler: str | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
+    withdrawn: Path | None = None,
+    allow_readd: bool = False,
     on_plan: Callable[[int], None] | None = None,
     on_scan: Callable[[ScanRow], None] | None = None,
 ) -> IngestSummary:
@@ -155,6 +158,10 @@ def ingest(
         Replace a store that exists.
     retry_failed
         Read again what an earlier run failed to read.
+    withdrawn
+        List of people who withdrew (`ingest.withdraw.read_withdrawals`); their scans are passed over.
+    allow_readd
+        Take scans of anybody, though people have been withdrawn from this store.
     on_plan, on_scan
         Called with the number of scans to read, and with each finished row.
 
@@ -177,8 +184,16 @@ def ingest(
             journal_path(out).unlink(missing_ok=True)
         store = open_store(out) if out.exists() else None
         layout, sources = find_scans(source, settings.layout, settings.image)
+        if withdrawn:
+            people = read_withdrawals(withdrawn)
+            sources = [scan for scan in sources if plain_id(scan.participant) not in people]
         if store:
             _check_same_settings(store, settings, layout)
+            if not (withdrawn or allow_readd) and (store.scans["status"] == "withdrawn").any():
+                raise StoreError(
+                    f"people have been withdrawn from {out}, and it no longer knows who; give their list with "
+                    "--withdrawn LIST so that they are not brought back, or --allow-readd"
+                )
         known = rows_of(store.scans) if store else []
         done, simulated = read_journal(out, store.attrs["store_id"]) if store else ({}, False)
         for number, row in done.items():

@@ -25,16 +25,17 @@ STATUSES = (
 EXPECTED_ABSENCES = frozenset({"unusable", "missing_member", "withdrawn"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScanSource:
-    """Where one scan comes from.
+    """Where one scan comes from. Small: there may be 100,000.
 
     Attributes
     ----------
     path
-        The file or archive, absolute.
+        The file or archive, absolute. Of a ``.hdr`` / ``.img`` pair the image.
     name
         The same relative to the source folder, with the member inside an archive: ``90/9000001_20252_2_0.zip/T1/...``.
+        It tells the scans of a source apart.
     member
         Member inside the archive, or None for a plain file.
     """

@@ -6,7 +6,6 @@ BRAIN_VOLUMES_KILLS sets how many random kills are tried (12 unless told; 60 tak
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,12 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ellipsoid, write_nifti
+from killed import DIED, die_at, kill_after, run
 
 from ingest import IngestSettings, ingest, open_store
 from ingest.errors import StoreError
@@ -32,10 +31,6 @@ from loaders import VolumeReader
 KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "12"))
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 AFFINE[:3, 3] = [-60, -80, -60]
-
-# Children of a server that has imported nothing else: they start at once and have no threads.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ingest.run"])
 
 
 def add_scan(folder: Path, number: int, *, seed: int | None = None) -> Path:
@@ -53,10 +48,6 @@ def source(tmp_path_factory) -> Path:
     lines = [f"{9000000 + number},{number % 2},{50 + number}" for number in range(20)]
     (folder.parent / "p.csv").write_text("\n".join(["eid,31-0.0,21003-2.0", *lines]))
     return folder
-
-
-def run(source: Path, out: Path) -> None:
-    ingest(source, out, IngestSettings(phenotypes=source.parent / "p.csv"))
 
 
 def content(store: Path) -> dict[str, bytes]:
@@ -78,58 +69,28 @@ def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
     return content(out)
 
 
-def attempt(source: Path, out: Path, after: float) -> int | None:
-    """Start a run and kill it after some seconds; return its exit code, negative if it was killed."""
-    child = PROCESSES.Process(target=run, args=(source, out))
-    child.start()
-    child.join(after)
-    if child.is_alive():
-        os.kill(child.pid, signal.SIGKILL)
-    child.join(60)
-    return child.exitcode
-
-
 def test_killed_at_random_moments(source, undisturbed, tmp_path):
     rng = random.Random(0)
     started = time.perf_counter()
-    assert attempt(source, tmp_path / "warm.zarr", 120) == 0
+    assert kill_after(120, source, tmp_path / "warm.zarr") == 0
     whole = time.perf_counter() - started
     kills = finished = 0
     while kills < KILLS:
         out = tmp_path / f"{finished}.zarr"
         while True:
-            code = attempt(source, out, rng.uniform(0, 0.7 * whole))
+            code = kill_after(rng.uniform(0, whole), source, out)
             kills += code == -signal.SIGKILL
             if code == 0:
                 break
             assert code == -signal.SIGKILL
             if kills >= KILLS:
-                assert attempt(source, out, 120) == 0
+                assert kill_after(120, source, out) == 0
                 break
         assert content(out) == undisturbed
         finished += 1
 
 
-def stop_at(source: Path, out: Path, operation: int) -> None:
-    """Run, and die without a word before the `operation`-th rename by which something of the store appears."""
-    count = 0
-
-    def dying(function: Callable) -> Callable:
-        def call(before, after, **kwargs):
-            nonlocal count
-            place = Path(after).relative_to(out.parent).parts
-            count += len(place) <= 2 or place[1:3] in (("volumes", "c"), ("volumes", "zarr.json"))
-            if count == operation:
-                os._exit(77)
-            return function(before, after, **kwargs)
-
-        return call
-
-    os.rename, os.replace = dying(os.rename), dying(os.replace)
-    run(source, out)
-
-
-def test_killed_before_every_rename(tmp_path_factory):
+def test_killed_before_every_step(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps") / "src"
     add_scan(folder, 0)
     (folder.parent / "p.csv").write_text("eid,31-0.0\n9000000,1\n9000001,0\n")
@@ -143,15 +104,13 @@ def test_killed_before_every_rename(tmp_path_factory):
     for operation in range(1, 1000):
         out = folder.parent / f"{operation}.zarr"
         shutil.copytree(reference, out)
-        child = PROCESSES.Process(target=stop_at, args=(folder, out, operation))
-        child.start()
-        child.join(60)
-        assert child.exitcode in (0, 77)
-        died += child.exitcode == 77
+        code = die_at(operation, run, folder, out)
+        assert code in (0, DIED)
+        died += code == DIED
         run(folder, out)
         assert content(out) == expected, f"killed before operation {operation}"
         shutil.rmtree(out)
-        if child.exitcode == 0:
+        if code == 0:
             break
     assert died > 8
 
@@ -166,7 +125,7 @@ def test_a_second_writer_is_refused_by_name(source, tmp_path):
 
 
 def test_a_lock_dies_with_its_holder(source, tmp_path):
-    assert attempt(source, tmp_path / "s.zarr", 0.5) in (0, -signal.SIGKILL)
+    assert kill_after(0.5, source, tmp_path / "s.zarr") in (0, -signal.SIGKILL)
     with store_lock(tmp_path / "s.zarr"):
         pass
 

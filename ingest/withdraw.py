@@ -1,0 +1,207 @@
+"""Removing people who withdrew from volume and embedding stores, for good and without losing the others."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ingest.errors import TableError
+from ingest.journal import journal_path, read_journal
+from ingest.lock import store_lock
+from ingest.phenotypes import ID_COLUMNS
+from ingest.scan import ScanRow
+from ingest.shard import remove_shard, shard_path
+from ingest.store import (
+    FORMAT,
+    FORMAT_VERSION,
+    check_format,
+    open_store,
+    recover_store,
+    rows_of,
+    set_attributes,
+    write_phenotypes,
+    write_scans,
+)
+
+#: What is left of a scan: its row, so that all others keep their numbers. No identity, no numbers.
+TOMBSTONE = ScanRow(participant="", session="", modality="", source="", status="withdrawn")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What was removed from one store.
+
+    Attributes
+    ----------
+    kind
+        ``volumes`` or ``embeddings``.
+    people, scans
+        How many people of the list were in it, and how many scans of theirs.
+    bytes_deleted
+        Of voxels.
+    """
+
+    store: str
+    kind: str
+    people: int
+    scans: int
+    bytes_deleted: int
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """What was asked for and done; it names nobody.
+
+    Attributes
+    ----------
+    list_sha256
+        Of the file, so that the record can be matched with the list.
+    """
+
+    date: str
+    list_name: str
+    list_sha256: str
+    people_on_list: int
+    removals: list[Removal]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as printed by ``--json``."""
+        return asdict(self)
+
+
+def read_withdrawals(path: Path) -> frozenset[str]:
+    """Read a list of participants: the first column of a CSV file, with or without a header.
+
+    Raises
+    ------
+    TableError
+        If there is no file, no text, or nobody in it.
+    """
+    if not path.is_file():
+        raise TableError(f"no list of withdrawals at {path}; expected a file with one participant id a line")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            ids = {plain_id(row[0]) for row in csv.reader(file) if row and row[0].strip()}
+    except UnicodeDecodeError:
+        raise TableError(f"{path} is not a text in UTF-8; expected one participant id a line") from None
+    ids -= set(ID_COLUMNS)
+    if not ids:
+        raise TableError(f"{path} names nobody; expected one participant id a line")
+    return frozenset(ids)
+
+
+def plain_id(participant: str) -> str:
+    """Make ``sub-01`` and ``01`` the same person."""
+    return participant.strip().removeprefix("sub-")
+
+
+def withdraw(list_file: Path, stores: Sequence[Path]) -> AuditRecord:
+    """Remove people from stores.
+
+    In a store of volumes their shards, answers and identity go; rows stay as tombstones. In embeddings their rows go.
+    It may be killed at any moment and called again: voxels go first and the names last, so nothing of a person can be
+    left behind that a second call would not find.
+
+    Raises
+    ------
+    TableError
+        If the list cannot be used.
+    StoreError, FileNotFoundError
+        If a store is none, or another process writes to it. All are looked at before the first is touched.
+    """
+    people = read_withdrawals(list_file)
+    kinds = [_kind(store) for store in stores]
+    removals = [
+        _from_volumes(store, people) if kind == "volumes" else _from_embeddings(store, people)
+        for store, kind in zip(stores, kinds, strict=True)
+    ]
+    return AuditRecord(
+        date=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        list_name=list_file.name,
+        list_sha256=hashlib.sha256(list_file.read_bytes()).hexdigest(),
+        people_on_list=len(people),
+        removals=removals,
+    )
+
+
+def _kind(store: Path) -> str:
+    if not store.exists():
+        raise FileNotFoundError(f"no store at {store}")
+    meta = store / "zarr.json"
+    if meta.is_file() and json.loads(meta.read_text()).get("attributes", {}).get("format") == FORMAT:
+        check_format(json.loads(meta.read_text())["attributes"], store, name=FORMAT, known=FORMAT_VERSION)
+        return "volumes"
+    from extract.embeddings import open_embeddings  # the one place where ingest looks ahead: people must go everywhere
+
+    open_embeddings(store)
+    return "embeddings"
+
+
+def _from_volumes(store: Path, people: frozenset[str]) -> Removal:
+    with store_lock(store):
+        recover_store(store)
+        opened = open_store(store)
+        rows = rows_of(opened.scans)
+        finished, simulated = read_journal(store, opened.attrs["store_id"])  # of a run that was killed
+        for number, row in finished.items():
+            rows[number] = row
+        theirs = [number for number, row in enumerate(rows) if plain_id(row.participant) in people]
+        found = {plain_id(rows[number].participant) for number in theirs}
+        tombstones = [number for number, row in enumerate(rows) if row.status == TOMBSTONE.status]
+        deleted = sum(_remove_voxels(store, number) for number in [*theirs, *tombstones])
+        if theirs or finished:
+            phenotypes = opened.phenotypes.copy()
+            phenotypes.iloc[theirs] = np.nan
+            if len(phenotypes.columns):
+                write_phenotypes(store, phenotypes, opened.variables)
+            set_attributes(store, _without(opened.attrs, found) | {"simulated": opened.attrs["simulated"] or simulated})
+            for number in theirs:
+                rows[number] = replace(TOMBSTONE)
+            write_scans(store, rows)  # the names, last
+        journal_path(store).unlink(missing_ok=True)
+    return Removal(store.name, "volumes", len(found), len(theirs), deleted)
+
+
+def _remove_voxels(store: Path, number: int) -> int:
+    path = shard_path(store, number)
+    size = path.stat().st_size if path.is_file() else 0
+    remove_shard(path)
+    return size
+
+
+def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
+    """Return attributes in which no id occurs: a source folder may have been named after one person."""
+    text = json.dumps(attrs)
+    for person in sorted(people, key=len, reverse=True):
+        if len(person) > 3:  # shorter ones occur in numbers
+            text = text.replace(person, "withdrawn")
+    cleaned: dict[str, Any] = json.loads(text)
+    return cleaned
+
+
+def _from_embeddings(path: Path, people: frozenset[str]) -> Removal:
+    from extract.embeddings import open_embeddings, write_embeddings
+
+    with store_lock(path):
+        embeddings = open_embeddings(path)
+        ids = embeddings.scans["participant"].map(plain_id)
+        theirs = ids.isin(people).to_numpy()
+        if theirs.any():
+            kept = replace(
+                embeddings,
+                features=embeddings.features[~theirs],
+                scans=embeddings.scans[~theirs].reset_index(drop=True),
+                phenotypes=embeddings.phenotypes[~theirs].reset_index(drop=True),
+                attrs=_without(embeddings.attrs, set(ids[theirs])),
+            )
+            write_embeddings(path, kept)
+    size = int(theirs.sum()) * embeddings.features[:1].nbytes
+    return Removal(path.name, "embeddings", int(ids[theirs].nunique()), int(theirs.sum()), size)

@@ -1,0 +1,361 @@
+"""Every layout in which scans come, on real trees."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import ellipsoid, write_nifti, write_ukb_zip
+
+from ingest import ingest, open_store
+from ingest.errors import SourceError
+from ingest.layouts import Layout, find_scans
+from ingest.scan import ScanSource
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return folder
+
+
+def names(folder: Path, layout: Layout = Layout.auto, image: str | None = None) -> list[str]:
+    return [scan.name for scan in find_scans(folder, layout, image)[1]]
+
+
+@pytest.fixture
+def ukb(tmp_path) -> Path:
+    folder = tmp_path / "Bulk" / "Brain MRI"
+    return touch(
+        folder,
+        "T1/90/9000001_20252_2_0.zip",
+        "T1/90/9000001_20252_3_0.zip",
+        "T1/90/9000001_20263_2_0.zip",
+        "T1/90/9000001_20216_2_0.zip",
+        "T1/91/9100002_20252_2_0.zip",
+        "T2 FLAIR/90/9000001_20253_2_0.zip",
+        "fMRI/90/9000001_20227_2_0.zip",
+        "T1/1111111_20252_2_0/9100003_20252_2_0.zip",  # the folder's name must not become the id
+        "T1/90/.9000009_20252_2_0.zip",
+    )
+
+
+def test_ukb_takes_one_image_type(ukb):
+    layout, scans = find_scans(ukb)
+    assert layout is Layout.ukb
+    assert [(s.participant, s.session) for s in scans] == [
+        ("9100003", "2"), ("9000001", "2"), ("9000001", "3"), ("9100002", "2"),
+    ]  # fmt: skip
+    assert {(s.modality, s.member) for s in scans} == {("T1", "T1/T1_brain_to_MNI.nii.gz")}
+    assert scans[1].name == "T1/90/9000001_20252_2_0.zip/T1/T1_brain_to_MNI.nii.gz"
+    assert all(Path(s.path).is_file() for s in scans)
+    assert find_scans(ukb, image="T1_brain_to_MNI")[1] == scans
+    flair = find_scans(ukb, image="T2_FLAIR_brain_to_MNI")[1]
+    assert [(s.participant, s.modality, s.member) for s in flair] == [
+        ("9000001", "FLAIR", "T2_FLAIR/T2_FLAIR_brain_to_MNI.nii.gz")
+    ]
+    shutil.rmtree(ukb / "T1")
+    assert find_scans(ukb)[1] == flair
+
+
+@pytest.mark.parametrize("image", ["T1_fast/T1_brain_pve_1", "T1/T1_fast/T1_brain_pve_1.nii.gz"])
+def test_ukb_member_in_a_folder_of_the_archive(ukb, image):
+    assert {s.member for s in find_scans(ukb, image=image)[1]} == {"T1/T1_fast/T1_brain_pve_1.nii.gz"}
+
+
+def test_ukb_image_of_no_field_is_refused(ukb):
+    with pytest.raises(SourceError, match=r"begins with T1 or T2_FLAIR"):
+        find_scans(ukb, Layout.ukb, "swi")
+
+
+def test_bids_sessions_runs_and_pairs(tmp_path):
+    bids = touch(
+        tmp_path,
+        "dataset_description.json",
+        "sub-01/ses-a/anat/sub-01_ses-a_run-1_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_T2w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_run-1_T1w.json",
+        "sub-01/ses-a/anat/._sub-01_ses-a_run-1_T1w.nii.gz",
+        "sub-02/anat/sub-02_acq-x_T1w.nii",
+        "sub-03/anat/sub-03_T1w.img.gz",
+        "sub-03/anat/sub-03_T1w.hdr.gz",
+        "sub-CON_04/anat/sub-CON_04_T1w.nii.gz",
+        "derivatives/x/sub-01/anat/sub-01_T1w.nii.gz",
+        "sourcedata/sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/.git/sub-01_T1w.nii.gz",
+    )
+    layout, scans = find_scans(bids)
+    assert layout is Layout.bids
+    assert [(s.participant, s.session, s.modality) for s in scans] == [
+        ("sub-01", "a", "run-1_T1w"),
+        ("sub-01", "a", "run-2_T1w"),
+        ("sub-02", "", "acq-x_T1w"),
+        ("sub-03", "", "T1w"),
+        ("sub-CON_04", "", "T1w"),
+    ]
+    assert scans[3].name == "sub-03/anat/sub-03_T1w.img.gz"
+    assert names(bids, image="T2w") == ["sub-01/ses-a/anat/sub-01_ses-a_T2w.nii.gz"]
+    assert names(bids, image="run-2_T1w") == ["sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz"]
+    (bids / "dataset_description.json").unlink()
+    assert find_scans(bids)[1] == scans == find_scans(bids, Layout.bids)[1]
+    with pytest.raises(SourceError, match=r"--image PDw.*expected files named like sub-01_PDw.nii.gz"):
+        find_scans(bids, Layout.bids, "PDw")
+
+
+def test_bids_derivatives_as_the_source(tmp_path):
+    template = "space-MNI152NLin2009cAsym"
+    anat = touch(
+        tmp_path / "derivatives" / "fmriprep" / "sub-01" / "anat",
+        f"sub-01_{template}_desc-preproc_T1w.nii.gz",
+        "sub-01_desc-preproc_T1w.nii.gz",
+        "sub-01_desc-brain_mask.nii.gz",
+    )
+    source = anat.parents[1]
+    assert [s.modality for s in find_scans(source)[1]] == ["desc-preproc_T1w"]
+    for image in (f"{template}_desc-preproc_T1w", f"{template}_T1w"):
+        assert [s.modality for s in find_scans(source, image=image)[1]] == [f"{template}_desc-preproc_T1w"]
+    (anat / "sub-01_desc-preproc_T1w.nii.gz").unlink()
+    assert [s.modality for s in find_scans(source)[1]] == [f"{template}_desc-preproc_T1w"]
+    with pytest.raises(SourceError):
+        find_scans(tmp_path, Layout.bids)
+
+
+def test_flat_takes_every_volume_once(tmp_path):
+    folder = touch(
+        tmp_path, "b.nii", "a.nii.gz", "c.hdr", "c.img", "d.hdr", "e.img", "sub folder/f.NII.GZ", "._a.nii.gz",
+        "notes.txt", "derivatives/g.nii", ".hidden/h.nii", "lost+found/i.nii", ".nii.gz",
+    )  # fmt: skip
+    layout, scans = find_scans(folder)
+    assert layout is Layout.flat
+    assert [s.name for s in scans] == [
+        "a.nii.gz", "b.nii", "c.img", "d.hdr", "derivatives/g.nii", "e.img", "sub folder/f.NII.GZ",
+    ]  # fmt: skip
+    assert [s.participant for s in scans] == ["a", "b", "c", "d", "g", "e", "f"]
+    assert names(folder, image="f.") == ["sub folder/f.NII.GZ"]
+
+
+def test_one_stem_twice_is_a_duplicate(tmp_path):
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    for name in ("a.nii", "a.nii.gz", "b.nii"):
+        write_nifti(tmp_path / "src" / name, ellipsoid(affine, (40, 50, 60)) + 1, affine)
+    assert ingest(tmp_path / "src", tmp_path / "s.zarr").status == {"duplicate": 1, "ok": 2}
+    scans = open_store(tmp_path / "s.zarr").scans
+    assert list(scans["status"]) == ["ok", "duplicate", "ok"]
+    assert "a.nii" in scans["error"][1]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.nii")).write_bytes(b"x")
+    scan = find_scans(tmp_path)[1][0]
+    assert scan.name == r"caf\xe9.nii"
+    assert scan.participant == r"caf\xe9"
+    assert Path(scan.path).read_bytes() == b"x"
+    assert pickle.loads(pickle.dumps(scan)) == scan
+
+
+def test_links_to_folders_end(tmp_path):
+    touch(tmp_path, "src/a/1.nii", "src/b/2.nii", "outside/c/3.nii", "src/.data/4.nii", "src/lost+found/x")
+    (tmp_path / "src/a/again").symlink_to("../b")
+    (tmp_path / "src/b/loop").symlink_to("../a")
+    (tmp_path / "src/b/up").symlink_to("../..")
+    (tmp_path / "src/self").symlink_to("self")
+    (tmp_path / "src/self.nii").symlink_to("self.nii")
+    (tmp_path / "src/gone.nii").symlink_to("nowhere.nii")
+    (tmp_path / "src/file.nii").symlink_to("../outside/c/3.nii")
+    (tmp_path / "src/out").symlink_to("../outside")
+    (tmp_path / "src/out_again").symlink_to("../outside/c")
+    (tmp_path / "src/visible").symlink_to(".data")
+    (tmp_path / "outside/back").symlink_to("../src")
+    (tmp_path / "outside/round").symlink_to(".")
+    assert names(tmp_path / "src") == [
+        "a/1.nii", "b/2.nii", "file.nii", "gone.nii", "out/c/3.nii", "self.nii", "visible/4.nii",
+    ]  # fmt: skip
+    (tmp_path / "link").symlink_to("src")
+    assert names(tmp_path / "link") == names(tmp_path / "src")
+
+
+def test_links_between_many_folders_end(tmp_path):
+    for a in range(30):
+        touch(tmp_path, f"out/{a}/{a}.nii")
+        for b in range(30):
+            (tmp_path / f"out/{a}/to{b}").symlink_to(f"../{b}")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/first").symlink_to("../out/0")
+    assert len(names(tmp_path / "src")) == 30
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path):
+    """A path of more than 4096 bytes cannot be listed by anyone, not even by root."""
+    touch(tmp_path, "a.nii")
+    here = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for _ in range(20):
+            os.mkdir("d" * 250, dir_fd=here)
+            below = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+    finally:
+        os.close(here)
+    with pytest.raises(SourceError, match=r"cannot be listed \(File name too long\).*source folder"):
+        find_scans(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_reported(tmp_path):
+    touch(tmp_path, "a.nii", "closed/b.nii")
+    (tmp_path / "closed").chmod(0)
+    try:
+        with pytest.raises(SourceError, match="closed cannot be listed"):
+            find_scans(tmp_path)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (Layout.auto, "20252.*sub-01_T1w.*ending in .nii"),
+        (Layout.ukb, "1234567_20252_2_0.zip"),
+        (Layout.bids, "sub-01_T1w"),
+        (Layout.flat, r"\.nii\.gz"),
+        (Layout.manifest, "CSV or TSV"),
+    ],
+)
+def test_nothing_found_says_what_was_expected(tmp_path, layout, expected):
+    touch(tmp_path, "9000001_20263_2_0.zip", "notes.txt")
+    with pytest.raises(SourceError, match=expected) as caught:
+        find_scans(tmp_path, layout)
+    assert layout is Layout.manifest or "found: 1 other, 1 zip" in str(caught.value)
+    with pytest.raises(SourceError, match="nowhere"):
+        find_scans(tmp_path / "nowhere", layout)
+    with pytest.raises(SourceError, match=r"notes.txt"):
+        find_scans(tmp_path / "notes.txt", layout)
+
+
+def test_thousands_of_scans_are_small_and_sorted(tmp_path):
+    for number in range(5000):
+        touch(tmp_path, f"{number % 50:02d}/{9000000 + number * 7919 % 100003}_20252_2_0.zip")
+    scans = find_scans(tmp_path)[1]
+    assert len(scans) == 5000
+    assert [s.name for s in scans] == sorted(s.name for s in scans)
+    assert not hasattr(scans[0], "__dict__")
+    assert sum(sys.getsizeof(value) for value in (scans[0], scans[0].path, scans[0].name)) < 700
+
+
+# Manifests
+
+
+def write_manifest(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_manifest_paths_and_members(tmp_path):
+    outside = touch(tmp_path / "elsewhere", "z.nii") / "z.nii"
+    touch(tmp_path / "m", "folder.zip/x.nii", "inside.nii")
+    table = write_manifest(
+        tmp_path / "m" / "scans.csv",
+        "Path, participant ,SESSION,modality,remark\n"
+        f'"{outside}",p1,1,T1,x\n'
+        f"{tmp_path}/m/inside.nii,p2,,,\n"
+        '"./a/../b, c.nii",p3\n'
+        "\n"
+        "arch.zip/T1/T1.nii.gz,p4,2,T1,\n"
+        "arch.zip::T1/T1_brain.nii.gz,p5,2,T1,\n"
+        "folder.zip/x.nii,p6,,,\n"
+        "90/9000001_20252_3_0.zip,9000001,,,\n",
+        encoding="utf-8-sig",
+    )
+    layout, scans = find_scans(table)
+    assert layout is Layout.manifest
+    assert find_scans(table, Layout.manifest)[1] == scans
+    by_name = {s.name: s for s in scans}
+    assert list(by_name) == sorted(by_name)
+    root = str(tmp_path / "m")
+    assert by_name[str(outside)] == ScanSource(str(outside), str(outside), "p1", "1", "T1")
+    assert by_name["inside.nii"] == ScanSource(f"{root}/inside.nii", "inside.nii", "p2", "", "")
+    assert by_name["b, c.nii"].path == f"{root}/b, c.nii"
+    first, second = by_name["arch.zip/T1/T1.nii.gz"], by_name["arch.zip/T1/T1_brain.nii.gz"]
+    assert (first.path, first.member, first.session) == (f"{root}/arch.zip", "T1/T1.nii.gz", "2")
+    assert (second.path, second.member) == (f"{root}/arch.zip", "T1/T1_brain.nii.gz")
+    assert by_name["folder.zip/x.nii"].member is None
+    bulk = by_name["90/9000001_20252_3_0.zip/T1/T1_brain_to_MNI.nii.gz"]
+    assert (bulk.participant, bulk.session, bulk.modality) == ("9000001", "3", "T1")
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_manifest_of_real_scans(tmp_path, delimiter):
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    file = write_nifti(tmp_path / "x/scan.nii.gz", ellipsoid(affine, (40, 50, 60)) + 1, affine)
+    write_ukb_zip(tmp_path, "9000001", {"T1/T1.nii.gz": file.read_bytes()})
+    rows = [
+        ("path", "participant"),
+        ("x/scan.nii.gz", "a"),
+        ("90/9000001_20252_2_0.zip/T1/T1.nii.gz", "b"),
+        ("gone.nii.gz", "c"),
+        ("x", "d"),
+        (str(file.with_name("second.nii.gz")), "a"),
+    ]
+    shutil.copy(file, file.with_name("second.nii.gz"))
+    table = write_manifest(tmp_path / "list.csv", "".join(delimiter.join(row) + "\r\n" for row in rows))
+    summary = ingest(table, tmp_path / "s.zarr")
+    assert summary.status == {"duplicate": 1, "ok": 2, "read_error": 2}
+    scans = open_store(tmp_path / "s.zarr").scans.set_index("source")
+    assert "No such file" in scans["error"]["gone.nii.gz"]
+    assert "a folder" in scans["error"]["x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "no column path or participant; found: none; expected: path, participant"),
+        (b"file,participant\na.nii,1\n", "no column path; found: file, participant"),
+        (b"path,participant\n\n\n", "no rows"),
+        (b"path,participant\na.nii,\n", "line 2: no participant"),
+        (b"path,participant\na.nii,1\n,2\n", "line 3: no path"),
+        (b"path,participant\na.nii\n", "line 2: no participant"),
+        (b"path,participant\na.nii,1,2\n", "line 2: 3 cells under 2 columns"),
+        (b"path,path,participant\na,b,c\n", "two columns path"),
+        (b"path,participant\na.nii,1\n./a.nii,2\n", "line 3: a.nii is named in line 2 already"),
+        (b"path,participant\n\xff\xfe,1\n", "not text in UTF-8"),
+        (b"path,participant\na\0b.nii,1\n", "NUL"),
+        (b'path,participant\n"' + b"a" * 200_000 + b'",1\n', "cannot be read as CSV"),
+    ],
+)
+def test_bad_manifests_are_refused(tmp_path, content, expected):
+    table = tmp_path / "list.csv"
+    table.write_bytes(content)
+    with pytest.raises(SourceError, match=expected):
+        find_scans(table)
+
+
+def test_manifest_and_image(tmp_path):
+    table = write_manifest(tmp_path / "list.tsv", "path\tparticipant\n9000001_20252_2_0.zip\t1\na.nii\t2\n")
+    assert find_scans(table, image="T1_brain")[1][0].member == "T1/T1_brain.nii.gz"
+    with pytest.raises(SourceError, match="--image swi chooses nothing"):
+        find_scans(table, image="swi")
+
+
+def test_command_line_takes_a_manifest(tmp_path):
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    image = nib.Nifti1Image(ellipsoid(affine, (40, 50, 60)) + 1, affine)
+    nib.save(image, tmp_path / "a.nii.gz")
+    table = write_manifest(tmp_path / "scans.txt", "path,participant\na.nii.gz,p\n")
+    command = [sys.executable, "-c", "from ingest.cli import main; main()", str(table), str(tmp_path / "s.zarr")]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "is not a folder" in refused.stderr
+    done = subprocess.run([*command, "--layout", "manifest"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(open_store(tmp_path / "s.zarr").scans["participant"]) == ["p"]

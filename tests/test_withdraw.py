@@ -1,0 +1,189 @@
+"""Withdrawal: nothing of a person is left, nobody else is touched, and they do not come back by themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from conftest import ellipsoid, write_nifti
+from killed import DIED, die_at, withdraw_in
+
+from extract import Embeddings, open_embeddings, write_embeddings
+from ingest import IngestSettings, ingest, open_store
+from ingest.errors import StoreError, TableError
+from ingest.lock import store_lock
+from ingest.withdraw import read_withdrawals, withdraw
+from loaders import VolumeReader, open_loader
+
+AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
+AFFINE[:3, 3] = [-60, -80, -60]
+PEOPLE = [str(9000000 + number) for number in range(6)]
+GONE = PEOPLE[1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Return a folder with a source, a table, a list, a store and two embedding files."""
+    folder = tmp_path_factory.mktemp("withdraw")
+    for number, person in enumerate(PEOPLE):
+        data = ellipsoid(AFFINE, (32, 42, 32), seed=number).astype(np.int16)
+        write_nifti(folder / "src" / f"{person}.nii.gz", data, AFFINE)
+    rows = [f"{person},{k % 2},{50 + k}" for k, person in enumerate(PEOPLE)]
+    (folder / "p.csv").write_text("\n".join(["eid,31-0.0,21003-2.0", *rows]))
+    (folder / "w1234_20261124.csv").write_text(f"{GONE}\n9999999\n")
+    ingest(folder / "src", folder / "s.zarr", IngestSettings(phenotypes=folder / "p.csv"))
+    store = open_store(folder / "s.zarr")
+    embeddings = Embeddings(
+        features=np.arange(6 * 4, dtype=np.float32).reshape(6, 4),
+        scans=store.scans[["participant", "session", "modality", "brain_voxels", "head_scale"]].assign(row=range(6)),
+        phenotypes=store.phenotypes,
+        variables=store.variables,
+        attrs={"simulated": False, "store": {"path": f"/data/{GONE}/s.zarr", "id": store.attrs["store_id"]}},
+    )
+    for name in ("e.zarr", "e.h5"):
+        write_embeddings(folder / name, embeddings)
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path) -> Path:
+    shutil.copytree(made, tmp_path / "w")
+    return tmp_path / "w"
+
+
+def decoded(store: Path) -> str:
+    """Return everything that a Zarr store or HDF5 file says but for its voxels, as text."""
+    if store.suffix == ".h5":
+        found = open_embeddings(store)
+        return found.scans.to_csv() + found.phenotypes.to_csv() + json.dumps(found.attrs)
+    root = zarr.open_group(store, mode="r")
+    parts = [json.dumps(dict(root.attrs))]
+    for _, group in sorted(root.groups()):
+        parts += [f"{name} {dict(array.attrs)} {list(array[:])}" for name, array in sorted(group.arrays())]
+    return "\n".join(parts)
+
+
+def test_nothing_of_a_person_is_left_and_others_are_untouched(place):
+    stores = [place / "s.zarr", place / "e.zarr", place / "e.h5"]
+    assert all(GONE in decoded(store) for store in stores)
+    before = {f: f.read_bytes() for f in (place / "s.zarr" / "volumes").rglob("*") if f.is_file()}
+    with VolumeReader(stores[0]) as reader:
+        others = reader.read([0, 2, 3, 4, 5])
+    record = withdraw(place / "w1234_20261124.csv", stores)
+
+    assert record.people_on_list == 2
+    assert [(r.store, r.kind, r.people, r.scans) for r in record.removals] == [
+        ("s.zarr", "volumes", 1, 1), ("e.zarr", "embeddings", 1, 1), ("e.h5", "embeddings", 1, 1),
+    ]  # fmt: skip
+    assert GONE not in json.dumps(record.to_json())
+    for store in stores:
+        assert GONE not in decoded(store)
+        files = [store] if store.is_file() else [f for f in store.rglob("*") if f.is_file()]
+        assert not any(GONE.encode() in f.read_bytes() for f in files)
+    beside = {f.name for f in place.iterdir()}
+    assert beside == {"src", "p.csv", "w1234_20261124.csv", "s.zarr", "e.zarr", "e.h5"}
+
+    after = {f: f.read_bytes() for f in (place / "s.zarr" / "volumes").rglob("*") if f.is_file()}
+    assert before.keys() - after.keys() == {place / "s.zarr/volumes/c/1/0/0/0"}
+    assert all(before[f] == content for f, content in after.items())
+    store = open_store(stores[0])
+    assert list(store.scans["status"]) == ["ok", "withdrawn", "ok", "ok", "ok", "ok"]
+    assert store.phenotypes.iloc[1].isna().all()
+    assert list(store.phenotypes["age"].dropna()) == [50, 52, 53, 54, 55]
+    tombstone = store.scans.iloc[1]
+    assert (tombstone["participant"], tombstone["source"], tombstone["source_size"]) == ("", "", 0)
+    with open_loader(stores[0], batch_size=8, backend="torch") as loader:
+        (batch,) = list(loader)
+    np.testing.assert_array_equal(batch.images.numpy(), others)
+    for name in ("e.zarr", "e.h5"):
+        found = open_embeddings(place / name)
+        assert list(found.scans["row"]) == [0, 2, 3, 4, 5]
+        np.testing.assert_array_equal(found.features[:, 0], [0, 8, 12, 16, 20])
+        assert list(found.phenotypes["age"]) == [50, 52, 53, 54, 55]
+
+    again = withdraw(place / "w1234_20261124.csv", stores)
+    assert [removal.scans for removal in again.removals] == [0, 0, 0]
+
+
+def test_the_next_ingest_does_not_bring_them_back(place):
+    out, people = place / "s.zarr", place / "w1234_20261124.csv"
+    withdraw(people, [out])
+    with pytest.raises(StoreError, match="--withdrawn LIST"):
+        ingest(place / "src", out)
+    summary = ingest(place / "src", out, withdrawn=people)
+    assert (summary.new, summary.status) == (0, {"ok": 5, "withdrawn": 1})
+    assert summary.clean
+    table = IngestSettings(phenotypes=place / "p.csv")
+    ingest(place / "src", out, table, withdrawn=people)
+    assert open_store(out).phenotypes.iloc[1].isna().all()
+    assert GONE not in decoded(out)
+    summary = ingest(place / "src", out, allow_readd=True)
+    assert (summary.new, summary.status) == (1, {"ok": 6, "withdrawn": 1})
+
+
+def test_killed_before_every_step(made, tmp_path):
+    died = 0
+    for step in range(1, 60):
+        folder = tmp_path / str(step)
+        shutil.copytree(made, folder)
+        code = die_at(step, withdraw_in, folder)
+        assert code in (0, DIED)
+        died += code == DIED
+        withdraw_in(folder)
+        assert GONE not in decoded(folder / "s.zarr") + decoded(folder / "e.h5")
+        assert not (folder / "s.zarr/volumes/c/1/0/0/0").exists()
+        assert list(open_store(folder / "s.zarr").scans["status"]).count("ok") == 5
+        shutil.rmtree(folder)
+        if code == 0:
+            break
+    assert died >= 5
+
+
+def test_everybody_withdraws(place):
+    (place / "all.csv").write_text("eid\n" + "\n".join(PEOPLE))
+    withdraw(place / "all.csv", [place / "s.zarr", place / "e.zarr", place / "e.h5"])
+    assert len(open_store(place / "s.zarr").ok_rows) == 0
+    for name in ("e.zarr", "e.h5"):
+        assert open_embeddings(place / name).features.shape == (0, 4)
+
+
+def test_lists_and_stores_that_cannot_be_used(place):
+    before = decoded(place / "s.zarr")
+    (place / "empty.csv").write_text("eid\n\n")
+    for name in ("empty.csv", "absent.csv"):
+        with pytest.raises(TableError, match="expected"):
+            withdraw(place / name, [place / "s.zarr"])
+    people = place / "w1234_20261124.csv"
+    with pytest.raises(FileNotFoundError):
+        withdraw(people, [place / "s.zarr", place / "absent.zarr"])
+    with pytest.raises(StoreError, match="expected one of"):
+        withdraw(people, [place / "s.zarr", place / "p.csv"])
+    assert decoded(place / "s.zarr") == before  # all stores are looked at before one is touched
+    with store_lock(place / "s.zarr"), pytest.raises(StoreError, match="is being written"):
+        withdraw(people, [place / "s.zarr"])
+    (place / "bids.csv").write_text("﻿participant_id\nsub-01,remark\n 02 \n")
+    assert read_withdrawals(place / "bids.csv") == {"01", "02"}
+
+
+def test_command_line(place):
+    command = [sys.executable, "-c", "from ingest.cli import main; main()"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], cwd=place, capture_output=True, text=True, timeout=120)
+
+    done = run("withdraw", "w1234_20261124.csv", "s.zarr", "e.h5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [removal["scans"] for removal in json.loads(done.stdout)["removals"]] == [1, 1]
+    done = run("withdraw", "w1234_20261124.csv", "s.zarr")
+    assert "removed 0 people" in done.stdout
+    done = run("src", "s.zarr")
+    assert done.returncode == 1
+    assert "--withdrawn LIST" in done.stderr
+    done = run("src", "s.zarr", "--withdrawn", "w1234_20261124.csv")
+    assert done.returncode == 0, done.stderr
