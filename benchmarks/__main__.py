@@ -1,4 +1,4 @@
-"""``python -m benchmarks loaders``"""
+"""``python -m benchmarks loaders`` and ``python -m benchmarks ingest``"""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.ingest import run_ingest
 from benchmarks.loaders import run_loaders
 from benchmarks.results import save, show
 
-DIRECTORY = Path("build/benchmarks/loaders")
+DIRECTORY = Path("build/benchmarks")
+
+Directory = Annotated[Path, typer.Option(help="Where simulated cohorts are kept.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure speed, as ratios taken in one run.")
-
-
-@app.callback()
-def _commands() -> None:
-    """Keep the name of the benchmark on the command line while there is only one."""
 
 
 @app.command()
@@ -27,14 +26,28 @@ def loaders(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads and processes.", show_default="cores")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Epochs of everything but MONAI.")] = 5,
-    directory: Annotated[Path, typer.Option(help="Where the simulated cohort is kept.")] = Path(
-        "build/benchmarks/loaders"
-    ),
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there.")] = None,
+    directory: Directory = DIRECTORY / "loaders",
+    json_file: JsonFile = None,
 ) -> None:
     """Read volumes in random order: ours, MONAI, and the limit."""
     report = run_loaders(directory, scans=scans, batch_size=batch_size, workers=workers, repeats=repeats)
     show(report, Console())
+    if json_file:
+        save(report, json_file)
+
+
+@app.command("ingest")
+def ingest_command(
+    scans: Annotated[int, typer.Option(min=4, help="Archives to ingest.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of everything but the peers.")] = 3,
+    directory: Directory = DIRECTORY / "ingest",
+    json_file: JsonFile = None,
+) -> None:
+    """Ingest archives: ours, nibabel with zarr-python, dask, and the limit."""
+    report = run_ingest(directory, scans=scans, repeats=repeats)
+    show(report, Console())
+    for machine, hours in report.settings["hours_for_40000_scans"].items():
+        print(f"40,000 scans with {machine}: {hours} h")
     if json_file:
         save(report, json_file)
 

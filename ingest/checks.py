@@ -22,9 +22,20 @@ from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
 from ingest.store import FORMAT, FORMAT_VERSION, quiet_zarr
 
 #: What JSON, zarr and its codecs raise over files that are not what was written.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, MemoryError)
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _TEMPORARY = re.compile(r"^\..*\.tmp$|\.partial$")  # ours, and zarr's
 _CODECS = (["bytes", "numcodecs.lz4", "crc32c"], ["bytes", "crc32c"], "end")
+_KINDS = {"str": "OUT", "int": "iu", "float": "f"}  # of the fields of a row
 _ABSENT = 2**64 - 1
 
 
@@ -93,12 +104,12 @@ def check_tables(path: Path) -> tuple[StoreTables | None, list[Finding]]:
         scans, shape_zyx, slab, findings = _check_layout(path, attrs)
     except UNREADABLE as error:
         return None, [Finding("layout_wrong", f"volumes/zarr.json cannot be read: {error_text(error)}")]
-    names = [column.name for column in fields(ScanRow)]
-    columns, damaged = _check_columns(path, "scans", names, scans)
+    kinds = {column.name: _KINDS[str(column.type)] for column in fields(ScanRow)}
+    columns, damaged = _check_columns(path, "scans", kinds, scans)
     variables = (
         [p.name for p in (path / "phenotypes").iterdir() if p.is_dir()] if (path / "phenotypes").is_dir() else []
     )
-    findings += damaged + _check_columns(path, "phenotypes", sorted(variables), scans)[1]
+    findings += damaged + _check_columns(path, "phenotypes", dict.fromkeys(sorted(variables), "f"), scans)[1]
     if "status" not in columns or any(finding.kind == "layout_wrong" for finding in findings):
         return None, findings
     blank = ScanRow(participant="", session="", modality="", source="")
@@ -125,7 +136,7 @@ def _check_layout(path: Path, attrs: dict[str, Any]) -> tuple[int, tuple[int, in
         grid = Grid.from_json(attrs["grid"])
         if list(grid.shape_zyx) != shape:
             detail = f"the grid has {list(grid.shape_zyx)} voxels, the array volumes {shape}"
-            findings.append(Finding("attributes_wrong", detail))
+            findings.append(Finding("layout_wrong", detail))
         if grid.affine.shape != (4, 4) or not np.allclose(np.diag(grid.affine), [grid.voxel_mm] * 3 + [1]):
             findings.append(
                 Finding("attributes_wrong", f"affine_ras {grid.affine_ras} is not RAS of {grid.voxel_mm} mm")
@@ -136,11 +147,14 @@ def _check_layout(path: Path, attrs: dict[str, Any]) -> tuple[int, tuple[int, in
     return scans, (depth, height, width), slab, findings
 
 
-def _check_columns(path: Path, group: str, names: list[str], scans: int) -> tuple[dict[str, Any], list[Finding]]:
-    """Read columns as lists; those that are absent, unreadable, or of another length than `scans` are findings."""
+def _check_columns(path: Path, group: str, kinds: dict[str, str], scans: int) -> tuple[dict[str, Any], list[Finding]]:
+    """Read columns as lists; those that are absent, unreadable, of another type or length are findings.
+
+    `kinds` has the kinds of NumPy type that each may have.
+    """
     columns: dict[str, Any] = {}
     findings = []
-    for name in names:
+    for name, kind in kinds.items():
         label = f"{group}/{name}"
         if not (path / group / name).is_dir():
             findings.append(Finding("column_missing", f"{label} is absent"))
@@ -154,6 +168,8 @@ def _check_columns(path: Path, group: str, names: list[str], scans: int) -> tupl
         if values.shape != (scans,):
             detail = f"{label} has the shape {list(values.shape)}, the array volumes has {scans} scans"
             findings.append(Finding("column_length", detail))
+        elif values.dtype.kind not in kind:
+            findings.append(Finding("column_damaged", f"{label} has the type {values.dtype}"))
         else:
             columns[name] = values.tolist()
     return columns, findings

@@ -11,7 +11,7 @@ from scipy import ndimage
 from ingest.errors import ScanError
 from ingest.grid import MNI152, Grid
 from ingest.nifti import NiftiVolume
-from ingest.sampling import bounding_box_mm, clean, count_outside, sample_trilinear
+from ingest.sampling import bounding_box_mm, clean, count_outside, crop, sample_trilinear
 
 #: A brain mask of an adult holds at most about 2 litres; a head with its neck 3 and more.
 MAX_BRAIN_ML = 2200
@@ -131,20 +131,7 @@ def _conform_native(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, g
 def _crop(data: np.ndarray, first: np.ndarray, volume: NiftiVolume, shape: tuple[int, int, int]) -> ConformedVolume:
     """Take the box of `shape` that begins at voxel `first` (z, y, x); what it has and the source lacks is 0."""
     out = np.zeros(shape, np.float32)
-    start, target = [], []
-    for offset, length, available in zip(first, shape, data.shape, strict=True):
-        begin, end = max(0, offset), min(available, offset + length)
-        start.append(slice(begin, end))
-        target.append(slice(begin - offset, end - offset))
-    out[tuple(target)] = clean(data[tuple(start)], volume.slope, volume.inter)
-    cut_off = 0
-    rest = data
-    for axis, inside in enumerate(start):  # six boxes around the crop, without overlap
-        for outside in (slice(0, inside.start), slice(inside.stop, None)):
-            box = rest[(slice(None),) * axis + (outside,)]
-            cut_off += int(np.count_nonzero(clean(box, volume.slope, volume.inter)))
-        rest = rest[(slice(None),) * axis + (inside,)]
-    return ConformedVolume(out, cut_off)
+    return ConformedVolume(out, crop(data, first.astype(np.int64), volume.slope, volume.inter, out))
 
 
 def _coverage(matrix: np.ndarray, source_zyx: tuple[int, ...], grid_zyx: tuple[int, ...], step: int = 8) -> float:

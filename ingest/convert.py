@@ -54,7 +54,7 @@ def load_volume(source: ScanSource) -> tuple[NiftiVolume, ScanContent]:
         With the status that the row gets.
     """
     content = read_scan(source)
-    return read_nifti(content.nifti), content
+    return read_nifti(content.nifti, content.image), content
 
 
 def volume_space(source: ScanSource, volume: NiftiVolume) -> str:

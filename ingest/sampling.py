@@ -31,6 +31,36 @@ def clean(raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
+def crop(raw: np.ndarray, first: np.ndarray, slope: float, inter: float, out: np.ndarray) -> int:
+    """Fill `out` with intensities as in `clean`, and count the positive ones that lie outside it, in one pass.
+
+    Parameters
+    ----------
+    raw
+        (z, y, x), any real dtype, any strides.
+    first
+        int64 (3,): voxel (z, y, x) of `raw` at which `out` begins; may be negative.
+    out
+        float32 (z, y, x); written where `raw` has voxels.
+    """
+    z0, y0, x0 = first
+    outside = 0
+    for z in range(raw.shape[0]):
+        for y in range(raw.shape[1]):
+            inside = 0 <= z - z0 < out.shape[0] and 0 <= y - y0 < out.shape[1]
+            start, stop = (max(0, x0), min(raw.shape[2], x0 + out.shape[2])) if inside else (0, 0)
+            for x in range(start, stop):
+                value = np.float32(raw[z, y, x] * slope + inter)
+                out[z - z0, y - y0, x - x0] = value if value > 0 and value < np.inf else np.float32(0)
+            for begin, end in ((0, start), (stop, raw.shape[2])):
+                for x in range(begin, end):
+                    value = np.float32(raw[z, y, x] * slope + inter)
+                    if value > 0 and value < np.inf:
+                        outside += 1
+    return outside
+
+
+@numba.njit(cache=True, nogil=True)
 def sample_trilinear(volume: np.ndarray, matrix: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` with `volume` at ``matrix @ (x, y, z, 1)``, trilinear, 0 outside the field of view.
 

@@ -11,7 +11,6 @@ import struct
 import tracemalloc
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -181,7 +180,7 @@ def test_zip64_and_comments_are_read(tmp_path):
     with zipfile.ZipFile(file, "w") as archive:
         with archive.open(MEMBER, "w", force_zip64=True) as member:
             member.write(CONTENT)
-        archive.comment = b"PK\x05\x06 is a signature" * 20
+        archive.comment = b"a comment" * 2000
     assert read(tmp_path, file.getvalue()).nifti == CONTENT
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -215,13 +214,19 @@ def test_any_damage_is_a_scan_error_or_harmless(tmp_path_factory, edits, end):
         # Most bytes are the member's data; half of the edits go to the records at the end.
         content[at if at % 2 else -1 - at % 300] = value
     folder = tmp_path_factory.getbasetemp()
-    try:
-        result = read(folder, bytes(content[:end] if end % 3 == 0 else content))
-    except ScanError as error:
-        assert error.status in STATUSES
-        assert error.reason
+    outcome = outcome_of(folder, bytes(content[:end] if end % 3 == 0 else content))
+    if isinstance(outcome, ScanError):
+        assert outcome.status in STATUSES
+        assert outcome.reason
     else:
-        assert zlib.crc32(result.nifti) == zlib.crc32(CONTENT)
+        assert outcome.nifti == CONTENT
+
+
+def outcome_of(folder: Path, content: bytes) -> ScanContent | ScanError:
+    try:
+        return read(folder, content)
+    except ScanError as error:
+        return error
 
 
 # What is not a regular file

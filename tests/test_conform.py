@@ -9,15 +9,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ellipsoid, mni_brain, write_nifti
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from reference import mni_picture, native_picture
 from scipy import ndimage
 
 from ingest.conform import conform, otsu_threshold
 from ingest.errors import ScanError
 from ingest.grid import FSL_MNI152_AFFINE, MNI152, MNI152_GRID, NATIVE, NATIVE_GRID, space_of
-from ingest.intensity import IntensityRule, to_grey_levels
+from ingest.intensity import IntensityRule, positive_percentile, to_grey_levels
 from ingest.nifti import read_nifti
 from ingest.sampling import sample_trilinear
 
@@ -196,3 +197,15 @@ def test_voxels_outside_the_template_grid_are_counted(tmp_path, voxel_mm):
     low = np.array([-80.5, -113.5, -61.5])
     outside = ((mm < low) | (mm > low + np.array([160, 192, 160]))).any(axis=1)
     assert conformed.cut_off_voxels == outside.sum() > 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=arrays(np.float32, st.integers(2, 60), elements=st.floats(0, 2.0**100, width=32)),
+    percentile=st.sampled_from([0.0, 1.0, 50.0, 99.0, 99.9, 100.0]),
+)
+def test_percentile_is_that_of_numpy(values, percentile):
+    positive = values[values > 0].astype(np.float64)
+    assume(len(positive))
+    found = positive_percentile(values, percentile, len(positive), float(positive.max()))
+    assert found == pytest.approx(np.percentile(positive, percentile), rel=1e-6)

@@ -154,6 +154,24 @@ def test_one_stem_twice_is_a_duplicate(tmp_path):
     assert "a.nii" in scans["error"][1]
 
 
+def test_pairs_and_single_files_store_the_same(tmp_path):
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    data = ellipsoid(affine, (40, 50, 60)).astype(np.int16) + 1
+    write_nifti(tmp_path / "src" / "a.nii.gz", data, affine)
+    nib.save(nib.Nifti1Pair(data, affine), tmp_path / "src" / "b.img")
+    nib.save(nib.Nifti1Pair(data, affine), tmp_path / "src" / "c.img.gz")
+    (tmp_path / "src" / "d.hdr").write_bytes((tmp_path / "src" / "b.hdr").read_bytes())
+    ingest(tmp_path / "src", tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
+    assert list(store.scans["source"]) == ["a.nii.gz", "b.img", "c.img.gz", "d.hdr"]
+    assert list(store.scans["status"]) == ["ok", "ok", "ok", "read_error"]
+    assert list(store.scans["source_size"][:3]) == [
+        (tmp_path / "src" / name).stat().st_size for name in ("a.nii.gz", "b.img", "c.img.gz")
+    ]
+    shards = [(tmp_path / f"s.zarr/volumes/c/{row}/0/0/0").read_bytes() for row in range(3)]
+    assert shards[0] == shards[1] == shards[2]
+
+
 def test_names_that_are_not_utf8(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.nii")).write_bytes(b"x")
     scan = find_scans(tmp_path)[1][0]
@@ -161,6 +179,10 @@ def test_names_that_are_not_utf8(tmp_path):
     assert scan.participant == r"caf\xe9"
     assert Path(scan.path).read_bytes() == b"x"
     assert pickle.loads(pickle.dumps(scan)) == scan
+    ingest(tmp_path, tmp_path / "s.zarr")
+    scans = open_store(tmp_path / "s.zarr").scans
+    assert list(scans["source"]) == [r"caf\xe9.nii"]
+    assert list(scans["status"]) == ["bad_nifti"]
 
 
 def test_links_to_folders_end(tmp_path):

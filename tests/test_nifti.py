@@ -75,7 +75,10 @@ def test_equals_nibabel(dtype, order, kind, shape, frames, members, forms, affin
     if scaling is not None:
         content = with_field(content, "scaling", *scaling)
 
-    check_equal(read_nifti(pack(content, members)), kind.from_bytes(content), shape)
+    volume = read_nifti(pack(content, members))
+
+    check_equal(volume, kind.from_bytes(content), shape)
+    assert volume.data.dtype == dtype
 
 
 @settings(max_examples=40, deadline=None)
