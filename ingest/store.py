@@ -189,6 +189,7 @@ def write_column(group: zarr.Group, name: str, values: Any, attrs: Mapping[str, 
         shape=array.shape,
         chunks=(max(1, min(len(array), 1 << 16)),),
         dtype="string" if array.dtype.kind == "T" else array.dtype,
+        compressors=[zarr.codecs.ZstdCodec(level=3, checksum=True)],  # a damaged column is found, not believed
         dimension_names=("scan",),
         overwrite=True,
     )
