@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import zarr
+from zarr.codecs import ZstdCodec
 
 from ingest.errors import StoreError
 from ingest.grid import Grid
@@ -189,7 +190,7 @@ def write_column(group: zarr.Group, name: str, values: Any, attrs: Mapping[str, 
         shape=array.shape,
         chunks=(max(1, min(len(array), 1 << 16)),),
         dtype="string" if array.dtype.kind == "T" else array.dtype,
-        compressors=[zarr.codecs.ZstdCodec(level=3, checksum=True)],  # a damaged column is found, not believed
+        compressors=[ZstdCodec(level=3, checksum=True)],  # a damaged column is found, not believed
         dimension_names=("scan",),
         overwrite=True,
     )
