@@ -256,7 +256,7 @@ def _print_verify(report: VerifyReport, store: Path) -> None:
     repaired = f", {report.repaired} repaired" if report.repaired else ""
     console.print(
         f"{store}: {report.scans} scans, {report.checked} volumes checked{compared} in {report.seconds:.1f} s "
-        f"({report.bytes / 1e9 / max(report.seconds, 1e-3):.2f} GB/s); {len(report.findings)} finding(s){repaired}",
+        f"({report.bytes / 1e9 / max(report.seconds, 1e-3):.2f} GB/s); {len(report.findings)} findings{repaired}",
         soft_wrap=True,
         highlight=False,
         markup=False,
