@@ -113,12 +113,12 @@ def join_phenotypes(path: Path, participants: Iterable[str], sessions: Iterable[
     raw = _read(path, [id_column, *wanted, *plain])
 
     notes = _Notes(path.name)
-    ids = raw[id_column].map(_participant_key)
+    ids = raw[id_column].map(participant_key)
     duplicates = int(ids.duplicated().sum())
     if duplicates:
         notes.bad(duplicates, f"{duplicates} duplicate rows of participants; the first of each is used")
     raw = raw.set_axis(ids, axis="index")[~ids.duplicated().to_numpy()].drop(columns=id_column)
-    keys = pd.Index([_participant_key(p) for p in participants])
+    keys = pd.Index([participant_key(p) for p in participants])
     unknown = int((~keys.isin(raw.index)).sum())
     if unknown:
         notes.add(f"{unknown} of {len(keys)} scans have no row; their phenotypes are missing")
@@ -147,7 +147,7 @@ class _Notes:
         self.add(line)
 
 
-def _participant_key(value: object) -> str:
+def participant_key(value: object) -> str:
     """Make ``sub-01`` and ``01`` the same person."""
     return str(value).strip().removeprefix("sub-")
 

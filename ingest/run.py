@@ -22,7 +22,7 @@ from ingest.intensity import IntensityRule
 from ingest.journal import journal_path, open_journal, read_journal
 from ingest.layouts import Layout, find_scans
 from ingest.lock import store_lock
-from ingest.phenotypes import Phenotypes, join_phenotypes
+from ingest.phenotypes import Phenotypes, join_phenotypes, participant_key
 from ingest.plan import Plan, make_plan
 from ingest.scan import EXPECTED_ABSENCES, ScanRow, ScanSource
 from ingest.shard import remove_shard, shard_path
@@ -38,7 +38,7 @@ from ingest.store import (
     write_phenotypes,
     write_scans,
 )
-from ingest.withdraw import plain_id, read_withdrawals
+from ingest.withdraw import read_withdrawals
 from ingest.workers import run_tasks
 
 #: The disk is full, over quota, read-only, or not ours.
@@ -186,7 +186,7 @@ def ingest(
         layout, sources = find_scans(source, settings.layout, settings.image)
         if withdrawn:
             people = read_withdrawals(withdrawn)
-            sources = [scan for scan in sources if plain_id(scan.participant) not in people]
+            sources = [scan for scan in sources if participant_key(scan.participant) not in people]
         if store:
             _check_same_settings(store, settings, layout)
             if not (withdrawn or allow_readd) and (store.scans["status"] == "withdrawn").any():

@@ -16,7 +16,7 @@ import numpy as np
 from ingest.errors import TableError
 from ingest.journal import journal_path, read_journal
 from ingest.lock import store_lock
-from ingest.phenotypes import ID_COLUMNS
+from ingest.phenotypes import ID_COLUMNS, participant_key
 from ingest.scan import ScanRow
 from ingest.shard import remove_shard, shard_path
 from ingest.store import (
@@ -89,18 +89,13 @@ def read_withdrawals(path: Path) -> frozenset[str]:
         raise TableError(f"no list of withdrawals at {path}; expected a file with one participant id a line")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            ids = {plain_id(row[0]) for row in csv.reader(file) if row and row[0].strip()}
+            ids = {participant_key(row[0]) for row in csv.reader(file) if row and row[0].strip()}
     except UnicodeDecodeError:
         raise TableError(f"{path} is not a text in UTF-8; expected one participant id a line") from None
     ids -= set(ID_COLUMNS)
     if not ids:
         raise TableError(f"{path} names nobody; expected one participant id a line")
     return frozenset(ids)
-
-
-def plain_id(participant: str) -> str:
-    """Make ``sub-01`` and ``01`` the same person."""
-    return participant.strip().removeprefix("sub-")
 
 
 def withdraw(list_file: Path, stores: Sequence[Path]) -> AuditRecord:
@@ -153,8 +148,8 @@ def _from_volumes(store: Path, people: frozenset[str]) -> Removal:
         finished, simulated = read_journal(store, opened.attrs["store_id"])  # of a run that was killed
         for number, row in finished.items():
             rows[number] = row
-        theirs = [number for number, row in enumerate(rows) if plain_id(row.participant) in people]
-        found = {plain_id(rows[number].participant) for number in theirs}
+        theirs = [number for number, row in enumerate(rows) if participant_key(row.participant) in people]
+        found = {participant_key(rows[number].participant) for number in theirs}
         tombstones = [number for number, row in enumerate(rows) if row.status == TOMBSTONE.status]
         deleted = sum(_remove_voxels(store, number) for number in [*theirs, *tombstones])
         if theirs or finished:
@@ -192,7 +187,7 @@ def _from_embeddings(path: Path, people: frozenset[str]) -> Removal:
 
     with store_lock(path):
         embeddings = open_embeddings(path)
-        ids = embeddings.scans["participant"].map(plain_id)
+        ids = embeddings.scans["participant"].map(participant_key)
         theirs = ids.isin(people).to_numpy()
         if theirs.any():
             kept = replace(
