@@ -38,7 +38,7 @@ def loaders(
 
 @app.command("ingest")
 def ingest_command(
-    scans: Annotated[int, typer.Option(min=4, help="Archives to ingest.")] = 64,
+    scans: Annotated[int, typer.Option(min=4, help="Archives to ingest.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of everything but the peers.")] = 3,
     directory: Directory = DIRECTORY / "ingest",
     json_file: JsonFile = None,

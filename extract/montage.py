@@ -1,9 +1,8 @@
-"""Pictures of stored brains: three planes through the middle of the grid, upright, patient left on the left."""
+"""Pictures of stored brains: three planes side by side, with letters."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,51 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from extract.embeddings import Embeddings
+from ingest.planes import planes_of, side_by_side
 from loaders.reader import CorruptShardError, VolumeReader
 
 _GAP = 6  # voxels of black between planes
 _PIXELS_PER_VOXEL = 2
 _DPI = 200
-
-
-@dataclass(frozen=True)
-class Plane:
-    """One slice as it is drawn.
-
-    Attributes
-    ----------
-    pixels
-        uint8 (height, width), first row on top.
-    left, right
-        Letters of the patient's sides at the left and right edge: L, R, P (posterior) or A (anterior).
-    """
-
-    name: str
-    pixels: np.ndarray
-    left: str
-    right: str
-
-
-def planes_of(volume: np.ndarray) -> list[Plane]:
-    """Cut the axial, coronal and sagittal plane through the middle of a volume.
-
-    Parameters
-    ----------
-    volume
-        uint8 (z, y, x), RAS: x left to right, y back to front, z bottom to top.
-
-    Returns
-    -------
-    list of Plane
-        Front is up in the axial plane, the top of the head in the others; patient left is left (the neurological
-        convention), and the sagittal plane looks to the right.
-    """
-    z, y, x = (length // 2 for length in volume.shape)
-    return [
-        Plane("axial", volume[z, ::-1, :], "L", "R"),
-        Plane("coronal", volume[::-1, y, :], "L", "R"),
-        Plane("sagittal", volume[::-1, :, x], "P", "A"),
-    ]
 
 
 def montage_figure(volume: np.ndarray) -> Figure:
@@ -72,23 +32,18 @@ def montage_figure(volume: np.ndarray) -> Figure:
         One image whose data coordinates are voxels, grey levels 0 to 255.
     """
     planes = planes_of(volume)
-    height = max(plane.pixels.shape[0] for plane in planes)
-    width = sum(plane.pixels.shape[1] for plane in planes) + _GAP * (len(planes) - 1)
-    canvas = np.zeros((height, width), np.uint8)
+    canvas, starts = side_by_side(planes, _GAP)
+    height, width = canvas.shape
     inch = _PIXELS_PER_VOXEL / _DPI
     figure = Figure(figsize=(width * inch, height * inch), dpi=_DPI, facecolor="black")
     axes = figure.add_axes((0, 0, 1, 1))
-    start = 0
-    for plane in planes:
-        rows, columns = plane.pixels.shape
-        top = (height - rows) // 2
-        canvas[top : top + rows, start : start + columns] = plane.pixels
-        for letter, at, side in ((plane.left, start + 3, "left"), (plane.right, start + columns - 4, "right")):
+    for plane, start in zip(planes, starts, strict=True):
+        end = start + plane.pixels.shape[1]
+        for letter, at, side in ((plane.left, start + 3, "left"), (plane.right, end - 4, "right")):
             axes.text(
                 at, 3, letter, ha=side, va="top", size=9, color="white",
                 path_effects=[withStroke(linewidth=1.5, foreground="black")],
             )  # fmt: skip
-        start += columns + _GAP
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
     axes.set_axis_off()
     return figure

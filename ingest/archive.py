@@ -7,9 +7,9 @@ import os
 import stat
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 
+import deflate
 import numpy as np
 
 from ingest.errors import ScanError
@@ -24,8 +24,10 @@ MAX_DIRECTORY_BYTES = 4 << 20
 MATRIX_MEMBER = "T1/transforms/T1_to_MNI_linear.mat"
 
 _MAX_MATRIX_BYTES = 1 << 16
+MAX_DEFLATE_RATIO = 1032  # of the format itself: 258 bytes for two bits
 _MAX_GZIP_RATIO = 100  # gzipped data hardly shrink again; deflate's own limit is 1032
-_PIECE = 1 << 20
+_SMALL = 1 << 20
+_LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # magic, flags, lengths of name and extra field
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # the others inflate without a bound on memory
 _PAIR_SUFFIXES = {".img": (".hdr", ".hdr.gz", ".HDR"), ".hdr": (".img", ".img.gz", ".IMG")}
 _KINDS = {
@@ -56,10 +58,15 @@ class ScanContent:
     image: bytes | None = None
 
 
-def read_scan(source: ScanSource) -> ScanContent:
+def read_scan(source: ScanSource, *, max_bytes: int = MAX_FILE_BYTES) -> ScanContent:
     """Read one scan, in bounded time and memory whatever its files claim.
 
     Nothing is written to disk: members of archives are matched by their exact names, so hostile ones do no harm.
+
+    Parameters
+    ----------
+    max_bytes
+        Larger files are not read.
 
     Raises
     ------
@@ -67,25 +74,25 @@ def read_scan(source: ScanSource) -> ScanContent:
         ``read_error``, ``bad_archive``, ``missing_member``, ``unusable``, or ``unsupported`` for files of absurd size.
     """
     if source.member is not None:
-        content = _read_file(source.path, too_large="bad_archive")
+        content = _read_file(source.path, max_bytes, too_large="bad_archive")
         try:
             _check_directory(content)
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                return _read_members(archive, source.member)
+                return _read_members(archive, content, source.member)
         except (
-            zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError, MemoryError, NotImplementedError,
-            OSError, OverflowError, RuntimeError, ValueError,
+            zipfile.BadZipFile, deflate.DeflateError, struct.error, EOFError, LookupError, MemoryError,
+            NotImplementedError, OSError, OverflowError, RuntimeError, ValueError,
         ) as error:  # fmt: skip
             raise ScanError("bad_archive", f"the zip cannot be read: {error or type(error).__name__}") from None
     stem, suffix = _split(source.path)
     if suffix not in _PAIR_SUFFIXES:
-        return ScanContent(_read_file(source.path))
+        return ScanContent(_read_file(source.path, max_bytes))
     other = next((stem + s for s in _PAIR_SUFFIXES[suffix] if os.path.exists(stem + s)), None)
     if other is None:
         expected = " or ".join(os.path.basename(stem) + s for s in _PAIR_SUFFIXES[suffix][:2])
         raise ScanError("read_error", f"half of a pair: no {expected} beside it")
     header, image = (other, source.path) if suffix == ".img" else (source.path, other)
-    return ScanContent(_read_file(header), image=_read_file(image))
+    return ScanContent(_read_file(header, max_bytes), image=_read_file(image, max_bytes))
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -96,7 +103,7 @@ def _split(path: str) -> tuple[str, str]:
     return stem, suffix.lower()
 
 
-def _read_file(path: str, *, too_large: str = "unsupported") -> bytes:
+def _read_file(path: str, max_bytes: int, *, too_large: str = "unsupported") -> bytes:
     """Read a regular file whole, sequentially: the Research Analysis Platform's mount is slow at seeking about."""
     try:
         status = os.stat(path)
@@ -105,6 +112,10 @@ def _read_file(path: str, *, too_large: str = "unsupported") -> bytes:
             raise ScanError("read_error", f"{kind}, not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise ScanError(too_large, f"{status.st_size} bytes; files of more than {MAX_FILE_BYTES} are not read")
+        if status.st_size > max_bytes:
+            raise ScanError(
+                "read_error", f"{status.st_size} bytes; --max-memory leaves room for files of {max_bytes} bytes"
+            )
         with open(path, "rb") as file:
             return file.read(status.st_size)
     except OSError as error:
@@ -126,7 +137,7 @@ def _check_directory(content: bytes) -> None:
         raise zipfile.BadZipFile(f"its list of members has {size} bytes, more than any archive of scans")
 
 
-def _read_members(archive: zipfile.ZipFile, member: str) -> ScanContent:
+def _read_members(archive: zipfile.ZipFile, content: bytes, member: str) -> ScanContent:
     # `orig_filename` is what the archive says; `filename` ends at the first NUL.
     members = [info for info in archive.infolist() if not info.is_dir()]
     if not members:
@@ -138,13 +149,13 @@ def _read_members(archive: zipfile.ZipFile, member: str) -> ScanContent:
             raise ScanError("unusable", f"UK Biobank's pipeline moved the scan to {unusable}")
         raise ScanError("missing_member", f"the archive has no {member}")
     ratio = _MAX_GZIP_RATIO * info.compress_size
-    if member.lower().endswith(".gz") and info.file_size > _PIECE + ratio:
+    if member.lower().endswith(".gz") and info.file_size > _SMALL + ratio:
         raise ScanError(
             "bad_archive", f"{member} claims to inflate from {info.compress_size} to {info.file_size} bytes"
         )
     matrix = _member(members, MATRIX_MEMBER)
-    head_scale = _determinant(_read_member(archive, matrix, _MAX_MATRIX_BYTES)) if matrix else float("nan")
-    return ScanContent(_read_member(archive, info, MAX_MEMBER_BYTES), head_scale)
+    head_scale = _determinant(_read_member(content, matrix, _MAX_MATRIX_BYTES)) if matrix else float("nan")
+    return ScanContent(_read_member(content, info, MAX_MEMBER_BYTES), head_scale)
 
 
 def _member(members: list[zipfile.ZipInfo], name: str) -> zipfile.ZipInfo | None:
@@ -154,24 +165,44 @@ def _member(members: list[zipfile.ZipInfo], name: str) -> zipfile.ZipInfo | None
     return found[0] if found else None
 
 
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+def _read_member(content: bytes, info: zipfile.ZipInfo, limit: int) -> bytes:
+    """Return a member's bytes by libdeflate, which takes a fifth of zipfile's time."""
     name = info.orig_filename
     if info.flag_bits & 1:
         raise ScanError("bad_archive", f"{name} is encrypted")
     if info.compress_type not in _METHODS:
         method = f"method {info.compress_type}"
         raise ScanError("bad_archive", f"{name} is compressed by {method}, expected 8 (deflate) or 0 (stored)")
-    if info.file_size > limit:
-        raise ScanError("bad_archive", f"{name} claims {info.file_size} bytes, more than any brain scan")
-    # In pieces: zipfile inflates as much as it is asked for, and only then cuts off what the member did not announce.
-    pieces = []
-    with archive.open(info) as file:
-        while piece := file.read(_PIECE):
-            pieces.append(piece)
-    content = b"".join(pieces)
-    if len(content) != info.file_size:
-        raise ScanError("bad_archive", f"{name} has {len(content)} bytes, the archive announces {info.file_size}")
-    return content
+    stored = info.compress_type == zipfile.ZIP_STORED
+    if info.file_size > min(limit, info.compress_size * (1 if stored else MAX_DEFLATE_RATIO)):
+        raise ScanError(
+            "bad_archive",
+            f"{name} claims {info.file_size} bytes, more than any brain scan or {info.compress_size} hold",
+        )
+    packed = _packed(content, info)
+    member = packed if stored else bytes(deflate.deflate_decompress(packed, info.file_size))
+    if len(member) != info.file_size:
+        raise ScanError("bad_archive", f"{name} has {len(member)} bytes, the archive announces {info.file_size}")
+    if deflate.crc32(member) != info.CRC:
+        raise ScanError("bad_archive", f"{name} is damaged: its checksum is wrong")
+    return member
+
+
+def _packed(content: bytes, info: zipfile.ZipInfo) -> bytes:
+    """Return a member's bytes as they are in the archive."""
+    at = info.header_offset
+    header = content[at : at + _LOCAL_HEADER.size] if at >= 0 else b""
+    magic, flags, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    name = content[at + len(header) : at + len(header) + name_length]
+    if magic != b"PK\x03\x04" or name.decode("utf-8" if flags & 0x800 else "cp437") != info.orig_filename:
+        raise ScanError("bad_archive", f"{info.orig_filename} is not where the archive says")
+    begin = at + len(header) + name_length + extra_length
+    packed = content[begin : begin + info.compress_size]
+    if len(packed) != info.compress_size:
+        raise ScanError(
+            "bad_archive", f"truncated: {info.orig_filename} has {len(packed)} of {info.compress_size} bytes"
+        )
+    return packed
 
 
 def _determinant(matrix: bytes) -> float:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from dask.utils import parse_bytes
 from rich.console import Console
+from rich.filesize import decimal
+from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from ingest.errors import SourceError, StoreError, TableError
+from ingest.errors import MemoryBudgetError, SourceError, StoreError, TableError
 from ingest.inspection import StoreSummary, summarise_store
 from ingest.layouts import Layout
 from ingest.progress import progress_bar
-from ingest.run import IngestSettings, IngestSummary, Space, ingest
+from ingest.report import ReportSummary, write_report
+from ingest.run import ingest
+from ingest.scan import EXPECTED_ABSENCES, ScanRow
+from ingest.settings import IngestSettings, IngestSummary, Space
 from ingest.simulate import simulate_cohort
 from ingest.store import DEFAULT_SLAB
 from ingest.verify import VerifyReport, verify
 from ingest.withdraw import withdraw
 
 _SHOWN_FAILURES = 20
+_MOST_ROWS = 10_000  # a page holds the pictures of fewer
 
 console = Console()
 errors = Console(stderr=True)
@@ -73,9 +82,17 @@ def run_command(
         Space, typer.Option(help="Space of the store; auto: that of the first readable scan.")
     ] = Space.auto,
     phenotypes: Annotated[Path | None, typer.Option(help="CSV, TSV or parquet to join by participant.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 works in this one.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes; 0 works in this one, with a thread per core and one more.")
+    ] = 0,
     scheduler: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="A dask cluster to use, e.g. tcp://10.0.0.1:8786")
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory of all processes together, e.g. 4GB; with --scheduler, of each worker."
+        ),
     ] = None,
     slab: Annotated[
         int | None, typer.Option(min=1, help="Planes per LZ4 slab.", show_default=str(DEFAULT_SLAB))
@@ -94,20 +111,30 @@ def run_command(
 ) -> None:
     """Ingest the scans of a folder (the default command)."""
     settings = IngestSettings(layout=layout, image=image, space=space, phenotypes=phenotypes, slab=slab)
+    limit = None if max_memory is None else _parse_bytes(max_memory)
+    read = failures = 0
     with progress_bar("ingest", errors) as progress:
         bar = progress.add_task("ingest", total=None)
+
+        def count(row: ScanRow) -> None:
+            nonlocal read, failures
+            read += row.source_size
+            failures += row.status not in EXPECTED_ABSENCES | {"ok"}
+            progress.update(bar, advance=1, bytes=read, failures=failures)
+
         summary = ingest(
             source,
             out,
             settings,
             workers=workers,
             scheduler=scheduler,
+            max_memory=limit,
             overwrite=overwrite,
             retry_failed=retry_failed,
             withdrawn=withdrawn,
             allow_readd=allow_readd,
-            on_plan=lambda scans: progress.update(bar, total=scans),
-            on_scan=lambda _: progress.advance(bar),
+            on_plan=lambda scans, _: progress.update(bar, total=scans),
+            on_scan=count,
         )
     if as_json:
         print(json.dumps(summary.to_json()))
@@ -191,6 +218,36 @@ def verify_command(
         raise typer.Exit(1)
 
 
+@app.command("report")
+def report_command(
+    store: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="A store.")],
+    page: Annotated[Path, typer.Argument(metavar="REPORT.html", help="The page to write; replaced if it exists.")],
+    rows: Annotated[
+        str, typer.Option(metavar="ROWS", help="Scans to show with their picture before all others: 17,400-420")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Threads; 0 takes one per core, at most 8.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about every scan: outliers first, with pictures, numbers and failures."""
+    wanted = _parse_rows(rows)
+    with progress_bar("report", errors) as progress:
+        bar = progress.add_task("report", total=None)
+        summary = write_report(
+            store,
+            page,
+            rows=wanted,
+            threads=workers or None,
+            on_plan=lambda volumes: progress.update(bar, total=volumes),
+            on_scan=lambda _: progress.advance(bar),
+        )
+    if as_json:
+        print(json.dumps(summary.to_json()))
+    else:
+        _print_report(summary)
+    if not summary.clean:
+        raise typer.Exit(1)
+
+
 @app.command("simulate")
 def simulate_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
@@ -214,6 +271,32 @@ def simulate_command(
     console.print(f"{directory}: {scans} scans of {participants} simulated participants", soft_wrap=True)
 
 
+def _parse_rows(text: str) -> list[int]:
+    """Read ``17,400-420``."""
+    rows: list[int] = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
+        span = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+        if not 0 < len(span) <= _MOST_ROWS:
+            raise typer.BadParameter(
+                f"{part!r} is neither a row nor a range of at most {_MOST_ROWS:,}; expected e.g. 17,400-420",
+                param_hint="--rows",
+            )
+        rows += span
+    return rows
+
+
+def _parse_bytes(text: str) -> int:
+    """Read a size such as ``4GB``, ``512 MiB`` or ``2e9``."""
+    try:
+        size = int(parse_bytes(text))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise typer.BadParameter(f"{text!r} is no size; expected e.g. 4GB or 512MiB", param_hint="--max-memory")
+    return size
+
+
 def _print_ingest(summary: IngestSummary, out: Path) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in summary.status.items())
     done = f"{summary.new} new, {summary.changed} changed, {summary.retried} tried again"
@@ -221,7 +304,9 @@ def _print_ingest(summary: IngestSummary, out: Path) -> None:
         counts += f"; {done}"
     console.print(
         f"{out}: {summary.scans} scans ({counts}) in {summary.seconds:.1f} s, "
-        f"{summary.volumes_per_second:.1f} volumes/s" + (", simulated data" if summary.simulated else ""),
+        f"{summary.volumes_per_second:.1f} volumes/s"
+        + (f", {decimal(summary.bytes)} read" if summary.bytes else "")
+        + (", simulated data" if summary.simulated else ""),
         soft_wrap=True,
         highlight=False,
     )
@@ -273,10 +358,29 @@ def _print_verify(report: VerifyReport, store: Path) -> None:
         console.print(f"... and {len(report.findings) - _SHOWN_FAILURES} more; --json lists all", highlight=False)
 
 
+def _print_report(summary: ReportSummary) -> None:
+    console.print(
+        f"{summary.report}: {summary.scans} scans, {summary.outlier_scans} outliers, {summary.pictures} pictures, "
+        f"{summary.bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    for outlier in summary.outliers:
+        console.print(f"  {outlier.source}: {outlier.why}", soft_wrap=True, highlight=False, markup=False)
+    if summary.outlier_scans > len(summary.outliers):
+        console.print(f"  ... and {summary.outlier_scans - len(summary.outliers)} more in the page", highlight=False)
+    for row, source, reason in summary.reasons[:_SHOWN_FAILURES]:
+        errors.print(f"damaged: row {row}, {source}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if summary.damaged > _SHOWN_FAILURES:
+        errors.print(f"... and {summary.damaged - _SHOWN_FAILURES} more in the page", highlight=False)
+
+
 def main() -> None:
     """Run the command; expected failures are one line on stderr and exit code 1."""
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
     try:
         app()
-    except (StoreError, SourceError, TableError, FileNotFoundError, FileExistsError) as error:
+    except (StoreError, SourceError, TableError, MemoryBudgetError, FileNotFoundError, FileExistsError) as error:
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)

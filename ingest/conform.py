@@ -10,8 +10,9 @@ from scipy import ndimage
 
 from ingest.errors import ScanError
 from ingest.grid import MNI152, Grid
+from ingest.intensity import VoxelBox
 from ingest.nifti import NiftiVolume
-from ingest.sampling import bounding_box_mm, clean, count_outside, crop, sample_trilinear
+from ingest.sampling import bounding_box_mm, count_outside, sample_trilinear
 
 #: A brain mask of an adult holds at most about 2 litres; a head with its neck 3 and more.
 MAX_BRAIN_ML = 2200
@@ -30,14 +31,14 @@ class ConformedVolume:
 
     Attributes
     ----------
-    data
-        float32 (z, y, x), RAS, no negative or non-finite values.
+    box
+        Its voxels: a box of the source's own, or all of what was sampled.
     cut_off_voxels
-        Positive source voxels outside the grid.
+        Positive source voxels outside the grid, unless they are those of `box` that are left out.
     """
 
-    data: np.ndarray
-    cut_off_voxels: int
+    box: VoxelBox
+    cut_off_voxels: int = 0
 
 
 def conform(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
@@ -52,86 +53,118 @@ def conform(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
     ScanError
         ``bad_image`` if nothing positive is in it, ``wrong_shape`` if it covers too little of the grid.
     """
-    data, affine = to_ras(volume.data, volume.affine)
     if grid.space == MNI152:
-        return _conform_template(data, affine, volume, grid)
-    return _conform_native(data, affine, volume, grid)
+        return _conform_template(volume, grid)
+    return _conform_native(volume, grid)
 
 
-def to_ras(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flip and permute the axes so that they point closest to right, anterior, superior.
-
-    Parameters
-    ----------
-    data
-        (z, y, x).
-    affine
-        (4, 4), voxel (x, y, z) -> mm.
+def to_ras(volume: NiftiVolume) -> tuple[np.ndarray, tuple[bool, bool, bool], np.ndarray]:
+    """Permute the axes so that they run closest to left-right, posterior-anterior, inferior-superior.
 
     Returns
     -------
     data : numpy.ndarray
-        A view, (z, y, x).
+        (z, y, x), C-contiguous; the volume's own memory if its axes were in that order.
+    flips : tuple of bool
+        Which of z, y, x must be turned round to run towards right, anterior, superior.
     affine : numpy.ndarray
-        (4, 4), of the view.
+        (4, 4), voxel (x, y, z) -> mm, of the data turned round.
     """
-    xyz = data.transpose(2, 1, 0)
-    orientation = nib.orientations.io_orientation(affine)
-    ras = nib.orientations.apply_orientation(xyz, orientation)
-    return ras.transpose(2, 1, 0), affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
+    orientation = nib.orientations.io_orientation(volume.affine)
+    xyz = volume.data.transpose(2, 1, 0)
+    affine = volume.affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
+    order = np.argsort(orientation[:, 0])
+    data = np.ascontiguousarray(xyz.transpose(order).transpose(2, 1, 0))
+    right, anterior, superior = (bool(direction < 0) for direction in orientation[order, 1])
+    return data, (superior, anterior, right), affine
 
 
-def _conform_template(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, grid: Grid) -> ConformedVolume:
+def _conform_template(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
+    data, flips, affine = to_ras(volume)
     matrix = np.linalg.inv(affine) @ grid.affine
-    coverage = _coverage(matrix, data.shape, grid.shape_zyx)
+    shift = np.rint(matrix[:3, 3]).astype(int)
+    same_voxels = np.allclose(matrix[:3, :3], np.eye(3), atol=1e-4) and np.allclose(matrix[:3, 3], shift, atol=1e-2)
+    box = _crop(volume, data, flips, shift[::-1], grid.shape_zyx) if same_voxels else None
+    coverage = _share(box) if box else _coverage(matrix, data.shape, grid.shape_zyx)
     if coverage < MIN_COVERAGE:
         raise ScanError(
             "wrong_shape",
             f"shape {data.shape[::-1]} covers {coverage:.0%} of the {grid.space} grid, expected {MIN_COVERAGE:.0%}",
         )
-    shift = np.rint(matrix[:3, 3]).astype(int)
-    if np.allclose(matrix[:3, :3], np.eye(3), atol=1e-4) and np.allclose(matrix[:3, 3], shift, atol=1e-2):
-        return _crop(data, shift[::-1], volume, grid.shape_zyx)
-    values = clean(data, volume.slope, volume.inter)
+    if box:
+        return ConformedVolume(box)
     out = np.empty(grid.shape_zyx, np.float32)
-    sample_trilinear(values, matrix, out)
-    low = grid.affine[:3, 3] - grid.voxel_mm / 2 - affine[:3, 3]
+    sample_trilinear(data, volume.slope, volume.inter, _unflipped(matrix, flips, data.shape), out)
+    low = grid.affine[:3, 3] - grid.voxel_mm / 2
     high = low + np.array(grid.shape_zyx[::-1]) * grid.voxel_mm
-    return ConformedVolume(out, count_outside(values, np.ascontiguousarray(affine[:3, :3]), 0.0, low, high, -np.inf))
+    return ConformedVolume(VoxelBox.whole(out), _count_outside(volume, 0.0, low, high, -np.inf))
 
 
-def _conform_native(data: np.ndarray, affine: np.ndarray, volume: NiftiVolume, grid: Grid) -> ConformedVolume:
-    values = clean(data, volume.slope, volume.inter)
-    linear = np.ascontiguousarray(affine[:3, :3])
-    low, high, count = bounding_box_mm(values, linear, 0.0)
+def _conform_native(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
+    data, flips, affine = to_ras(volume)
+    linear, origin = np.ascontiguousarray(affine[:3, :3]), affine[:3, 3]
+    own_linear = np.ascontiguousarray(volume.affine[:3, :3])
+    low, high, count = bounding_box_mm(volume.data, volume.slope, volume.inter, own_linear)
     if count == 0:
         raise ScanError("bad_image", "no positive voxel")
+    low, high = low + volume.affine[:3, 3], high + volume.affine[:3, 3]
     half_mm = np.array(grid.shape_zyx[::-1]) * grid.voxel_mm / 2
     threshold = 0.0
     centre = (low + high) / 2
     floor = -np.inf
     if count * abs(np.linalg.det(linear)) / 1000 > MAX_BRAIN_ML:
-        centre, threshold = _head_centre(values, linear, half_mm)
+        centre, threshold = _head_centre(volume, half_mm)
         floor = centre[2] - half_mm[2]  # a neck is meant to be cut off
 
     inverse = np.linalg.inv(linear)
     matrix = np.eye(4)
     matrix[:3, :3] = inverse * grid.voxel_mm
-    matrix[:3, 3] = inverse @ centre + matrix[:3, :3] @ grid.affine[:3, 3] / grid.voxel_mm
+    matrix[:3, 3] = inverse @ (centre - origin) + matrix[:3, :3] @ grid.affine[:3, 3] / grid.voxel_mm
     if np.allclose(matrix[:3, :3], np.eye(3), atol=1e-6):
         matrix[:3, 3] = np.floor(matrix[:3, 3])  # same voxels: shift by whole ones rather than blur by half of one
     out = np.empty(grid.shape_zyx, np.float32)
-    sample_trilinear(values, matrix, out)
+    sample_trilinear(data, volume.slope, volume.inter, _unflipped(matrix, flips, data.shape), out)
     cut_off = 0
     if (low < centre - half_mm).any() or (high > centre + half_mm).any():
-        cut_off = count_outside(values, linear, threshold, centre - half_mm, centre + half_mm, floor)
-    return ConformedVolume(out, cut_off)
+        cut_off = _count_outside(volume, threshold, centre - half_mm, centre + half_mm, floor)
+    return ConformedVolume(VoxelBox.whole(out), cut_off)
 
 
-def _crop(data: np.ndarray, first: np.ndarray, volume: NiftiVolume, shape: tuple[int, int, int]) -> ConformedVolume:
-    """Take the box of `shape` that begins at voxel `first` (z, y, x); what it has and the source lacks is 0."""
-    out = np.zeros(shape, np.float32)
-    return ConformedVolume(out, crop(data, first.astype(np.int64), volume.slope, volume.inter, out))
+def _unflipped(matrix: np.ndarray, flips: tuple[bool, bool, bool], shape: tuple[int, ...]) -> np.ndarray:
+    """Return a matrix to voxels (x, y, z) of the data turned round as one to voxels of the data as they lie."""
+    turn = np.eye(4)
+    for axis in range(3):
+        if flips[2 - axis]:
+            turn[axis, axis], turn[axis, 3] = -1, shape[2 - axis] - 1
+    return np.asarray(turn @ matrix)
+
+
+def _count_outside(volume: NiftiVolume, threshold: float, low: np.ndarray, high: np.ndarray, floor: float) -> int:
+    """Count voxels outside the box `low` to `high`, in mm of the world, see `ingest.sampling.count_outside`."""
+    linear, origin = np.ascontiguousarray(volume.affine[:3, :3]), volume.affine[:3, 3]
+    below = floor - float(origin[2])
+    return count_outside(volume.data, volume.slope, volume.inter, linear, threshold, low - origin, high - origin, below)
+
+
+def _crop(
+    volume: NiftiVolume,
+    data: np.ndarray,
+    flips: tuple[bool, bool, bool],
+    begin: np.ndarray,
+    shape: tuple[int, int, int],
+) -> VoxelBox:
+    """Take the box of `shape` that begins at voxel `begin` (z, y, x) of the data turned round."""
+    start, stop = np.maximum(begin, 0), np.minimum(begin + shape, data.shape)
+    first = start - begin
+    turned = np.where(flips, data.shape - stop, start), np.where(flips, data.shape - start, stop)
+    (z0, y0, x0), (z1, y1, x1), (z, y, x) = (corner.tolist() for corner in (*turned, first))
+    return VoxelBox(data, volume.slope, volume.inter, (z0, y0, x0), (z1, y1, x1), flips, (z, y, x), shape)
+
+
+def _share(box: VoxelBox) -> float:
+    """Return the share of the grid that a box covers."""
+    sides = np.clip(np.subtract(box.stop, box.start), 0, None)
+    return float(np.prod(sides / np.array(box.shape_zyx)))
 
 
 def _coverage(matrix: np.ndarray, source_zyx: tuple[int, ...], grid_zyx: tuple[int, ...], step: int = 8) -> float:
@@ -143,7 +176,7 @@ def _coverage(matrix: np.ndarray, source_zyx: tuple[int, ...], grid_zyx: tuple[i
     return float(inside.all(axis=1).mean())
 
 
-def _head_centre(values: np.ndarray, linear: np.ndarray, half_mm: np.ndarray) -> tuple[np.ndarray, float]:
+def _head_centre(volume: NiftiVolume, half_mm: np.ndarray) -> tuple[np.ndarray, float]:
     """Return where the grid's centre goes in a scan with skull, and the intensity that parts head from air.
 
     The head is the largest component above Otsu's threshold. Its vertex goes to the top of the grid, for what is
@@ -153,10 +186,11 @@ def _head_centre(values: np.ndarray, linear: np.ndarray, half_mm: np.ndarray) ->
     Returns
     -------
     centre : numpy.ndarray
-        float64 (3,), (x, y, z) in mm, without the affine's translation.
+        float64 (3,), (x, y, z) in mm of the world.
     threshold : float
     """
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in values.shape[::-1]], indexing="ij")).reshape(3, -1)
+    linear, origin = volume.affine[:3, :3], volume.affine[:3, 3]
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in volume.data.shape[::-1]], indexing="ij")).reshape(3, -1)
     low, high = (linear @ corners).min(axis=1), (linear @ corners).max(axis=1)
     shape_xyz = np.ceil((high - low) / _COARSE_MM).astype(int) + 1
     inverse = np.linalg.inv(linear)
@@ -164,7 +198,7 @@ def _head_centre(values: np.ndarray, linear: np.ndarray, half_mm: np.ndarray) ->
     matrix[:3, :3] = inverse * _COARSE_MM
     matrix[:3, 3] = inverse @ low
     coarse = np.empty(tuple(shape_xyz[::-1]), np.float32)
-    sample_trilinear(values, matrix, coarse)
+    sample_trilinear(volume.data, volume.slope, volume.inter, matrix, coarse)
 
     positive = coarse[coarse > 0]
     if positive.size == 0:
@@ -179,7 +213,7 @@ def _head_centre(values: np.ndarray, linear: np.ndarray, half_mm: np.ndarray) ->
     top = z.max()
     brain = z > top - _BRAIN_HEIGHT_MM / _COARSE_MM
     middle = np.array([(x[brain].min() + x[brain].max()) / 2, (y[brain].min() + y[brain].max()) / 2, float(top)])
-    centre = low + middle * _COARSE_MM
+    centre = origin + low + middle * _COARSE_MM
     centre[2] += _VERTEX_MARGIN_MM - half_mm[2]
     return centre, threshold
 

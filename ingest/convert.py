@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from ingest.archive import ScanContent, read_scan
 from ingest.conform import conform
 from ingest.errors import ScanError
 from ingest.grid import Grid, space_of
 from ingest.intensity import IntensityRule, to_grey_levels
+from ingest.memory import GRID_BYTES
 from ingest.nifti import NiftiVolume, read_nifti
 from ingest.scan import ScanRow, ScanSource
 from ingest.shard import encode_shard, shard_path, write_shard
+
+logger = logging.getLogger("ingest")
 
 SIMULATED_PREFIX = "simulated brain"
 
@@ -45,16 +47,25 @@ def pending_row(source: ScanSource) -> ScanRow:
     )
 
 
-def load_volume(source: ScanSource) -> tuple[NiftiVolume, ScanContent]:
+def load_volume(source: ScanSource, memory: int | None = None) -> tuple[NiftiVolume, ScanContent]:
     """Read and decode a scan's file.
+
+    Parameters
+    ----------
+    memory
+        Bytes that this may take; None for no other limit than those of `ingest.archive` and `ingest.nifti`.
 
     Raises
     ------
     ScanError
         With the status that the row gets.
     """
-    content = read_scan(source)
-    return read_nifti(content.nifti, content.image), content
+    if memory is None:
+        content = read_scan(source)
+        return read_nifti(content.nifti, content.image), content
+    content = read_scan(source, max_bytes=(memory - GRID_BYTES) // 2)  # an archive and its member
+    held = 2 * pending_row(source).source_size + GRID_BYTES
+    return read_nifti(content.nifti, content.image, max_bytes=memory - held), content
 
 
 def volume_space(source: ScanSource, volume: NiftiVolume) -> str:
@@ -64,7 +75,7 @@ def volume_space(source: ScanSource, volume: NiftiVolume) -> str:
 
 
 def convert_scan(
-    source: ScanSource, row: int, store: Path, grid: Grid, rule: IntensityRule, slab: int
+    source: ScanSource, row: int, store: Path, grid: Grid, rule: IntensityRule, slab: int, memory: int | None = None
 ) -> ConvertedScan:
     """Read, conform, quantise and store one scan.
 
@@ -74,6 +85,8 @@ def convert_scan(
         Row of the scan in the store, that is the number of its shard.
     store
         Folder of the store.
+    memory
+        Bytes that it may take, see `load_volume`.
 
     Returns
     -------
@@ -83,7 +96,7 @@ def convert_scan(
     pending = pending_row(source)
     simulated = False
     try:
-        volume, content = load_volume(source)
+        volume, content = load_volume(source, memory)
         simulated = volume.description.startswith(SIMULATED_PREFIX)
         space = volume_space(source, volume)
         if space != grid.space:
@@ -91,22 +104,22 @@ def convert_scan(
                 "wrong_shape", f"the scan is in {space} space, this store holds {grid.space}; ingest it apart"
             )
         conformed = conform(volume, grid)
-        stored = to_grey_levels(conformed.data, rule)
+        stored = to_grey_levels(conformed.box, rule)
     except ScanError as error:
         return ConvertedScan(replace(pending, status=error.status, error=error.reason), simulated)
     except Exception as error:  # one strange file must not end a run of 100,000; its row names the error
+        logger.exception("unexpected error in %s", source.name)
         reason = f"unexpected {type(error).__name__}: {error}"
         return ConvertedScan(replace(pending, status="read_error", error=reason), simulated)
     write_shard(shard_path(store, row), encode_shard(stored.data, slab))
-    brain_voxels = int(np.count_nonzero(stored.data))
     done = replace(
         pending,
         status="ok",
         scale=stored.scale,
         offset=0.0,
-        brain_voxels=brain_voxels,
+        brain_voxels=stored.brain_voxels,
         head_scale=content.head_scale,
-        cut_off_voxels=conformed.cut_off_voxels,
-        mean=float(stored.data.sum(dtype=np.int64) / max(brain_voxels, 1)),
+        cut_off_voxels=conformed.cut_off_voxels + stored.left_out,
+        mean=stored.mean,
     )
     return ConvertedScan(done, simulated)

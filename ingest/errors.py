@@ -15,6 +15,10 @@ class TableError(ValueError):
     """A phenotype table that cannot be read or joined."""
 
 
+class MemoryBudgetError(ValueError):
+    """A limit of memory in which the work asked for cannot be done."""
+
+
 class ScanError(Exception):
     """One scan that cannot be stored; it becomes a row of the store, never the end of a run.
 

@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
+from ingest.archive import MAX_DEFLATE_RATIO
 from ingest.errors import ScanError
 
 #: A whole head at 0.3 mm. As float64 that is 4 GiB, the most that a file can make the decoder allocate.
@@ -36,7 +37,6 @@ _UNSUPPORTED_DTYPES = {
     2304: "RGBA",
 }
 _GZIP_MAGIC = b"\x1f\x8b"
-_MAX_DEFLATE_RATIO = 1032  # of the format itself: 258 bytes for two bits
 _MAX_SURPLUS = 64 << 20  # bytes of extensions before the image, or after it, before they are taken for a bomb
 _HEADER_BYTES = 540  # a NIfTI-2 header; NIfTI-1 has 348 and at least 4 more bytes
 _EOL_CHECKS = (b"\r\n\x1a\n", b"\0\0\0\0")  # of NIfTI-2; zeros are tolerated, as nibabel does
@@ -68,7 +68,7 @@ class NiftiVolume:
     description: str
 
 
-def read_nifti(content: bytes, image: bytes | None = None) -> NiftiVolume:
+def read_nifti(content: bytes, image: bytes | None = None, *, max_bytes: int | None = None) -> NiftiVolume:
     """Decode a ``.nii`` or ``.nii.gz`` file, or a ``.hdr`` / ``.img`` pair.
 
     Parameters
@@ -77,12 +77,14 @@ def read_nifti(content: bytes, image: bytes | None = None) -> NiftiVolume:
         The whole file, gzipped (one or many members) or not; of a pair the header file.
     image
         The image file of a pair, gzipped or not; None for a single file.
+    max_bytes
+        Images that are larger once inflated are not read.
 
     Raises
     ------
     ScanError
         ``bad_nifti`` for damaged files, ``bad_image`` for impossible geometry, ``unsupported`` for valid files that
-        are not one real-valued volume.
+        are not one real-valued volume, ``read_error`` for images of more than `max_bytes`.
     """
     start = _inflate_members(content, _HEADER_BYTES, verify=False) if _is_gzip(content) else content[:_HEADER_BYTES]
     header = _parse_header(start, pair=image is not None)
@@ -97,6 +99,8 @@ def read_nifti(content: bytes, image: bytes | None = None) -> NiftiVolume:
     offset = _image_offset(header, pair=image is not None)
     voxels = int(np.prod(shape))
     end = offset + voxels * dtype.itemsize
+    if max_bytes is not None and end > max_bytes:
+        raise ScanError("read_error", f"an image of {end} bytes; --max-memory leaves room for {max(max_bytes, 0)}")
     packed = content if image is None else image
     raw = _inflate(packed, end) if _is_gzip(packed) else packed
     if len(raw) < end:
@@ -205,7 +209,7 @@ def _affine(header: nib.Nifti1Header, shape: tuple[int, int, int]) -> tuple[np.n
 
 def _inflate(content: bytes, size: int) -> bytearray:
     """Inflate the first `size` bytes; whatever the file claims, no more memory than that is used."""
-    if size > _MAX_DEFLATE_RATIO * len(content):
+    if size > MAX_DEFLATE_RATIO * len(content):
         raise ScanError("bad_nifti", f"truncated: {len(content)} gzipped bytes cannot hold the {size} announced")
     try:
         inflated = deflate.gzip_decompress(content, size)

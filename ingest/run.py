@@ -9,8 +9,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from ingest.intensity import IntensityRule
 from ingest.journal import journal_path, open_journal, read_journal
 from ingest.layouts import Layout, find_scans
 from ingest.lock import store_lock
+from ingest.memory import plan_memory
 from ingest.phenotypes import Phenotypes, join_phenotypes, participant_key
 from ingest.plan import Plan, make_plan
 from ingest.scan import EXPECTED_ABSENCES, ScanRow, ScanSource
+from ingest.settings import IngestSettings, IngestSummary, Space
 from ingest.shard import remove_shard, shard_path
 from ingest.store import (
     DEFAULT_SLAB,
@@ -39,89 +40,13 @@ from ingest.store import (
     write_scans,
 )
 from ingest.withdraw import read_withdrawals
-from ingest.workers import run_tasks
+from ingest.workers import run_in_processes, run_in_threads
 
 #: The disk is full, over quota, read-only, or not ours.
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-class Space(StrEnum):
-    """Space of a store: ``auto`` is that of the first readable scan."""
-
-    auto = "auto"
-    mni = "mni"
-    native = "native"
-
-
 _SPACES = {Space.mni: MNI152, Space.native: NATIVE}
-
-
-@dataclass(frozen=True)
-class IngestSettings:
-    """Everything that decides what a store holds.
-
-    Attributes
-    ----------
-    layout
-        How scans are named.
-    image
-        Member, suffix or part of the name to take, see `ingest.layouts.find_scans`.
-    space
-        One space per store; scans in another become rows with status ``wrong_shape``.
-    phenotypes
-        Table to join; None takes a BIDS ``participants.tsv`` if there is one.
-    slab
-        Planes per LZ4 slab, a divisor of the grid's 160 planes; None for `DEFAULT_SLAB`, or what the store has.
-    intensity
-        How intensities become grey levels.
-    """
-
-    layout: Layout = Layout.auto
-    image: str | None = None
-    space: Space = Space.auto
-    phenotypes: Path | None = None
-    slab: int | None = None
-    intensity: IntensityRule = field(default_factory=IntensityRule)
-
-
-@dataclass(frozen=True)
-class IngestSummary:
-    """What a run did.
-
-    Attributes
-    ----------
-    status
-        Rows by status.
-    new, changed, retried
-        See `ingest.plan.Plan`.
-    failures
-        (source, status, reason) of every row that is neither ok nor an expected absence.
-    warnings
-        Sentences about phenotypes and voxels cut off.
-    bad_values
-        Phenotype values that were not understood, and duplicate rows.
-    """
-
-    scans: int
-    status: dict[str, int]
-    seconds: float
-    volumes_per_second: float
-    simulated: bool
-    new: int
-    changed: int
-    retried: int
-    failures: list[tuple[str, str, str]]
-    warnings: list[str]
-    bad_values: int = 0
-
-    @property
-    def clean(self) -> bool:
-        """Whether everything asked for was done."""
-        return not self.failures and not self.bad_values
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the summary as printed by ``--json``."""
-        return asdict(self)
 
 
 def ingest(
@@ -131,11 +56,12 @@ def ingest(
     *,
     workers: int = 0,
     scheduler: str | None = None,
+    max_memory: int | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
     withdrawn: Path | None = None,
     allow_readd: bool = False,
-    on_plan: Callable[[int], None] | None = None,
+    on_plan: Callable[[int, int], None] | None = None,
     on_scan: Callable[[ScanRow], None] | None = None,
 ) -> IngestSummary:
     """Turn a folder of scans into a store, or bring a store up to date with it.
@@ -151,9 +77,12 @@ def ingest(
     out
         The store, conventionally ``*.zarr``. While a run lasts there are ``OUT.lock`` and ``OUT.journal`` beside it.
     workers
-        Processes of a local dask cluster; 0 works in this process.
+        Processes of a local dask cluster; 0 works in threads of this process, one per core and one more.
     scheduler
         Address of a dask cluster to use instead; its workers must see both folders.
+    max_memory
+        Bytes that this process and its workers may take together; on a cluster of `scheduler`, each worker. Fewer
+        threads work if that is little; a scan that needs more than is left for it becomes a row with that reason.
     overwrite
         Replace a store that exists.
     retry_failed
@@ -163,7 +92,7 @@ def ingest(
     allow_readd
         Take scans of anybody, though people have been withdrawn from this store.
     on_plan, on_scan
-        Called with the number of scans to read, and with each finished row.
+        Called with the number of scans to read and the bytes of their files, and with each finished row.
 
     Raises
     ------
@@ -173,6 +102,8 @@ def ingest(
         If `out` is no store, has other settings, is being written by another process, or cannot be written.
     TableError
         If the phenotype table cannot be used.
+    MemoryBudgetError
+        If `max_memory` is too little.
     """
     settings = settings or IngestSettings()
     started = time.perf_counter()
@@ -200,8 +131,11 @@ def ingest(
             known[number] = row
         plan = make_plan(known, sources, retry_failed=retry_failed)
         phenotypes = _phenotypes(source, layout, settings.phenotypes, plan.rows, store)
+        sizes = [plan.rows[number].source_size for number in plan.todo]
+        local_workers = 0 if scheduler else workers
+        memory = plan_memory(max_memory, sizes, scans=len(plan.rows), workers=local_workers)
         if on_plan:
-            on_plan(len(plan.todo))
+            on_plan(len(plan.todo), sum(sizes))
 
         if store:
             if len(plan.rows) > len(store.scans):
@@ -217,9 +151,17 @@ def ingest(
             attrs = _attributes(source, layout, settings, slab) | {"store_id": store_id}
             create_store(out, plan.rows, grid, slab=slab, attrs=attrs)
 
-        work = partial(_convert, store=out.absolute(), grid=grid, rule=settings.intensity, slab=slab)
-        with open_journal(out, store_id) as append:
-            for number, converted in run_tasks(work, list(plan.todo.items()), workers, scheduler, lost=_lost):
+        work = partial(
+            _convert, store=out.absolute(), grid=grid, rule=settings.intensity, slab=slab, memory=memory.scan_bytes
+        )
+        todo = list(plan.todo.items())
+        if workers or scheduler:
+            limit = memory.process_bytes
+            results = run_in_processes(work, todo, workers=workers, scheduler=scheduler, memory_limit=limit, lost=_lost)
+        else:
+            results = run_in_threads(work, todo, memory.threads)
+        with open_journal(out, store_id) as append, contextlib.closing(results):
+            for number, converted in results:
                 plan.rows[number] = converted.row
                 simulated |= converted.simulated
                 append(number, converted.row, converted.simulated)
@@ -231,7 +173,7 @@ def ingest(
             write_phenotypes(out, phenotypes.table, phenotypes.variables)
         set_attributes(out, {"simulated": simulated})
         journal_path(out).unlink(missing_ok=True)
-        return _summarise(plan, time.perf_counter() - started, phenotypes, simulated=simulated)
+        return _summarise(plan, sum(sizes), time.perf_counter() - started, phenotypes, simulated=simulated)
 
 
 @contextlib.contextmanager
@@ -262,10 +204,10 @@ def _attributes(source: Path, layout: Layout, settings: IngestSettings, slab: in
 
 
 def _convert(
-    task: tuple[int, ScanSource], *, store: Path, grid: Grid, rule: IntensityRule, slab: int
+    task: tuple[int, ScanSource], *, store: Path, grid: Grid, rule: IntensityRule, slab: int, memory: int | None
 ) -> tuple[int, ConvertedScan]:
     number, source = task
-    converted = convert_scan(source, number, store, grid, rule, slab)
+    converted = convert_scan(source, number, store, grid, rule, slab, memory)
     if converted.row.status != "ok":
         remove_shard(shard_path(store, number))  # of what the file held before
     return number, converted
@@ -328,7 +270,9 @@ def _phenotypes(
     return Phenotypes(store.phenotypes.reindex(range(len(rows))), store.variables, [warning])
 
 
-def _summarise(plan: Plan, seconds: float, phenotypes: Phenotypes | None, *, simulated: bool) -> IngestSummary:
+def _summarise(
+    plan: Plan, read: int, seconds: float, phenotypes: Phenotypes | None, *, simulated: bool
+) -> IngestSummary:
     rows = plan.rows
     warnings = list(phenotypes.warnings) if phenotypes else []
     cut = [row for row in rows if row.cut_off_voxels]
@@ -343,6 +287,7 @@ def _summarise(plan: Plan, seconds: float, phenotypes: Phenotypes | None, *, sim
         scans=len(rows),
         status=dict(sorted(status.items())),
         seconds=round(seconds, 3),
+        bytes=read,
         volumes_per_second=round(sum(rows[number].status == "ok" for number in plan.todo) / seconds, 3),
         new=plan.new,
         changed=plan.changed,

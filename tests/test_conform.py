@@ -18,13 +18,13 @@ from scipy import ndimage
 from ingest.conform import conform, otsu_threshold
 from ingest.errors import ScanError
 from ingest.grid import FSL_MNI152_AFFINE, MNI152, MNI152_GRID, NATIVE, NATIVE_GRID, space_of
-from ingest.intensity import IntensityRule, positive_percentile, to_grey_levels
+from ingest.intensity import IntensityRule, VoxelBox, positive_percentile, to_grey_levels
 from ingest.nifti import read_nifti
 from ingest.sampling import sample_trilinear
 
 
 def picture(path: Path, grid) -> np.ndarray:
-    return to_grey_levels(conform(read_nifti(path.read_bytes()), grid).data, IntensityRule()).data
+    return to_grey_levels(conform(read_nifti(path.read_bytes()), grid).box, IntensityRule()).data
 
 
 def oblique_affine(degrees: float = 7.0, voxel_mm: tuple[float, float, float] = (0.9, 0.9, 1.2)) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_sampling_equals_scipy(shift, degrees, zoom):
     matrix[:3, :3] = zoom * nib.eulerangles.euler2mat(*np.deg2rad([degrees, degrees / 2, -degrees]))
     matrix[:3, 3] = shift
     out = np.empty((6, 8, 10), np.float32)
-    sample_trilinear(volume, matrix, out)
+    sample_trilinear(volume, 1.0, 0.0, matrix, out)
     expected = ndimage.affine_transform(volume.transpose(2, 1, 0), matrix, output_shape=(10, 8, 6), order=1)
     # A point within rounding of the edge is inside for one and outside for the other.
     voxel = np.stack(np.meshgrid(*[np.arange(n) for n in (10, 8, 6)], indexing="ij"), axis=-1)
@@ -105,8 +105,8 @@ def test_same_voxels_are_shifted_not_blurred(tmp_path):
     affine[:3, 3] = [80, -99, -70]
     data = ellipsoid(affine, (161, 199, 141)).astype(np.int16)
     conformed = conform(read_nifti(write_nifti(tmp_path / "a.nii", data, affine).read_bytes()), NATIVE_GRID)
-    assert set(np.unique(conformed.data)) == set(np.unique(data))
-    assert (conformed.data > 0).sum() == (data > 0).sum()
+    assert set(np.unique(conformed.box.data)) == set(np.unique(data))
+    assert (conformed.box.data > 0).sum() == (data > 0).sum()
     assert conformed.cut_off_voxels == 0
 
 
@@ -130,7 +130,7 @@ def test_a_head_with_neck_is_anchored_at_its_vertex(tmp_path):
     shoulders[:, 90:150, :30] = 250
     data = np.maximum.reduce([noise, head, neck, shoulders]).astype(np.int16)
     conformed = conform(read_nifti(write_nifti(tmp_path / "head.nii", data, affine).read_bytes()), NATIVE_GRID)
-    z, y, x = np.nonzero(conformed.data > 100)
+    z, y, x = np.nonzero(conformed.box.data > 100)
     assert 150 <= z.max() <= 157  # the vertex is just below the top
     top = z > 80  # above the neck
     assert (y[top].min() + y[top].max()) / 2 == pytest.approx(95.5, abs=3)
@@ -141,7 +141,7 @@ def test_a_head_with_neck_is_anchored_at_its_vertex(tmp_path):
 def test_other_template_grids_are_resampled_in_place(tmp_path):
     affine = np.array([[-2.0, 0, 0, 90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]])
     data = ellipsoid(affine, (91, 109, 91), marker_mm=(-40, 0, 0)).astype(np.float32)
-    stored = conform(read_nifti(write_nifti(tmp_path / "2mm.nii", data, affine).read_bytes()), MNI152_GRID).data
+    stored = conform(read_nifti(write_nifti(tmp_path / "2mm.nii", data, affine).read_bytes()), MNI152_GRID).box.data
     z, y, x = (np.median(axis) for axis in np.nonzero(stored > 399))
     assert (x - 80, y - 113, z - 61) == pytest.approx((-40, 0, 0), abs=1)
 
@@ -163,12 +163,12 @@ def test_empty_images_are_refused(tmp_path, data):
 def test_grey_levels():
     values = np.zeros((2, 100, 100), np.float32)
     values[0] = np.arange(10000).reshape(100, 100)
-    stored = to_grey_levels(values, IntensityRule())
+    stored = to_grey_levels(VoxelBox.whole(values), IntensityRule())
     assert stored.data[1].max() == 0
     assert stored.data.max() == 255
     assert np.percentile(values[values > 0], 99.9) == pytest.approx(255 * stored.scale)
     with pytest.raises(ScanError, match="constant image"):
-        to_grey_levels(np.full((4, 4, 4), 5, np.float32), IntensityRule())
+        to_grey_levels(VoxelBox.whole(np.full((4, 4, 4), 5, np.float32)), IntensityRule())
 
 
 def test_otsu_parts_two_humps():
@@ -193,10 +193,11 @@ def test_voxels_outside_the_template_grid_are_counted(tmp_path, voxel_mm):
     shape = np.array([182, 218, 182]) // voxel_mm
     data = np.random.default_rng(0).integers(-2, 5, shape).astype(np.int16)
     conformed = conform(read_nifti(write_nifti(tmp_path / "a.nii.gz", data, affine, code=4).read_bytes()), MNI152_GRID)
+    left_out = to_grey_levels(conformed.box, IntensityRule()).left_out
     mm = nib.affines.apply_affine(affine, np.argwhere(data > 0))
     low = np.array([-80.5, -113.5, -61.5])
     outside = ((mm < low) | (mm > low + np.array([160, 192, 160]))).any(axis=1)
-    assert conformed.cut_off_voxels == outside.sum() > 0
+    assert conformed.cut_off_voxels + left_out == outside.sum() > 0
 
 
 @settings(max_examples=200, deadline=None)
@@ -207,5 +208,10 @@ def test_voxels_outside_the_template_grid_are_counted(tmp_path, voxel_mm):
 def test_percentile_is_that_of_numpy(values, percentile):
     positive = values[values > 0].astype(np.float64)
     assume(len(positive))
-    found = positive_percentile(values, percentile, len(positive), float(positive.max()))
+    box = VoxelBox.whole(values.reshape(1, 1, -1))
+    if positive.min() == positive.max():
+        with pytest.raises(ScanError, match="constant"):
+            positive_percentile(box, percentile)
+        return
+    found = positive_percentile(box, percentile)
     assert found == pytest.approx(np.percentile(positive, percentile), rel=1e-6)

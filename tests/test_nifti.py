@@ -305,7 +305,7 @@ def large_brain(value: float, spread: float, dtype: str = "f8") -> NiftiVolume:
 @pytest.mark.parametrize("value", [1e-44, 1e-38, 1e-3, 1e15, 1.6e38])
 @pytest.mark.parametrize("grid", [NATIVE_GRID, MNI152_GRID])
 def test_intensities_of_any_size_are_stored(value, grid):
-    stored = to_grey_levels(conform(large_brain(value, 2.0), grid).data, IntensityRule())
+    stored = to_grey_levels(conform(large_brain(value, 2.0), grid).box, IntensityRule())
     assert stored.data.max() == 255
     assert stored.scale * 255 == pytest.approx(2 * value, rel=0.1 if value > 1e-40 else 0.5)
 
@@ -315,7 +315,7 @@ def test_intensities_of_any_size_are_stored(value, grid):
 def test_nothing_positive_is_a_bad_image(fill, grid):
     volume = read_nifti(nifti(np.full((91, 109, 91), fill), affine=np.diag([2.0, 2, 2, 1]) + [[0] * 3 + [-90]] * 4))
     with pytest.raises(ScanError) as caught:
-        to_grey_levels(conform(volume, grid).data, IntensityRule())
+        to_grey_levels(conform(volume, grid).box, IntensityRule())
     assert caught.value.status in ("bad_image", "wrong_shape")
 
 
@@ -333,11 +333,12 @@ def test_positive_voxels_between_the_coarse_samples_are_a_bad_image():
 
 def test_voxels_beyond_the_crop_may_hold_anything():
     data = np.ones((182, 218, 182), np.float64)
+    data[90, 100:, 90] = 2
     data[0, 0, :4] = [np.nan, np.inf, 1e300, -1e300]
     affine = np.array([[-1.0, 0, 0, 90], [0, 1, 0, -126], [0, 0, 1, -72], [0, 0, 0, 1]])
     content = with_field(nifti(data, affine=affine), "scaling", 1e30, 0)
-    conformed = conform(read_nifti(content), MNI152_GRID)
-    assert conformed.cut_off_voxels == data.size - 160 * 192 * 160 - 4
+    stored = to_grey_levels(conform(read_nifti(content), MNI152_GRID).box, IntensityRule())
+    assert stored.left_out == data.size - 160 * 192 * 160 - 4
 
 
 def test_otsu_of_the_smallest_and_largest_numbers():

@@ -19,13 +19,14 @@ from conftest import mni_brain, write_nifti
 from matplotlib.image import imread
 
 from extract.embeddings import Embeddings
-from extract.montage import evenly_spaced, montage_figure, montage_png, planes_of, read_brains
+from extract.montage import evenly_spaced, montage_figure, montage_png, read_brains
 from extract.plots import confusion_plot, forest_plot, roc_plot, scatter_plot
 from extract.report import verdict, write_report
 from extract.results import Interval, OutOfFold, TargetResult
 from ingest import ingest
 from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE
+from ingest.planes import planes_of
 from ingest.shard import shard_path
 from ingest.store import open_store
 from loaders.reader import VolumeReader
