@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -70,7 +71,7 @@ def to_ras(volume: NiftiVolume) -> tuple[np.ndarray, tuple[bool, bool, bool], np
     affine : numpy.ndarray
         (4, 4), voxel (x, y, z) -> mm, of the data turned round.
     """
-    orientation = nib.orientations.io_orientation(volume.affine)
+    orientation = _orientation(volume.affine.tobytes())
     xyz = volume.data.transpose(2, 1, 0)
     affine = volume.affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
     order = np.argsort(orientation[:, 0])
@@ -79,11 +80,18 @@ def to_ras(volume: NiftiVolume) -> tuple[np.ndarray, tuple[bool, bool, bool], np
     return data, (superior, anterior, right), affine
 
 
+@functools.lru_cache(maxsize=64)
+def _orientation(affine: bytes) -> np.ndarray:
+    """Return nibabel's orientation of an affine (its bytes); the scans of a cohort often share one."""
+    return np.asarray(nib.orientations.io_orientation(np.frombuffer(affine).reshape(4, 4)))
+
+
 def _conform_template(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
     data, flips, affine = to_ras(volume)
     matrix = np.linalg.inv(affine) @ grid.affine
     shift = np.rint(matrix[:3, 3]).astype(int)
-    same_voxels = np.allclose(matrix[:3, :3], np.eye(3), atol=1e-4) and np.allclose(matrix[:3, 3], shift, atol=1e-2)
+    off = np.abs(matrix[:3] - np.column_stack([np.eye(3), shift])).max(axis=0)
+    same_voxels = off[:3].max() < 1e-4 and off[3] < 1e-2
     box = _crop(volume, data, flips, shift[::-1], grid.shape_zyx) if same_voxels else None
     coverage = _share(box) if box else _coverage(matrix, data.shape, grid.shape_zyx)
     if coverage < MIN_COVERAGE:
@@ -113,7 +121,8 @@ def _conform_native(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
     centre = (low + high) / 2
     floor = -np.inf
     if count * abs(np.linalg.det(linear)) / 1000 > MAX_BRAIN_ML:
-        centre, threshold = _head_centre(volume, half_mm)
+        turned = data[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
+        centre, threshold = _head_centre(turned, volume.slope, volume.inter, affine, half_mm)
         floor = centre[2] - half_mm[2]  # a neck is meant to be cut off
 
     inverse = np.linalg.inv(linear)
@@ -176,12 +185,15 @@ def _coverage(matrix: np.ndarray, source_zyx: tuple[int, ...], grid_zyx: tuple[i
     return float(inside.all(axis=1).mean())
 
 
-def _head_centre(volume: NiftiVolume, half_mm: np.ndarray) -> tuple[np.ndarray, float]:
+def _head_centre(
+    turned: np.ndarray, slope: float, inter: float, affine: np.ndarray, half_mm: np.ndarray
+) -> tuple[np.ndarray, float]:
     """Return where the grid's centre goes in a scan with skull, and the intensity that parts head from air.
 
     The head is the largest component above Otsu's threshold. Its vertex goes to the top of the grid, for what is
     below (neck, shoulders) depends on the scanner's field of view; left-right and front-back it is the middle of the
-    part that holds the brain.
+    part that holds the brain. The data come turned round, for every fourth voxel decides, and it must be the same ones
+    however the file's axes run.
 
     Returns
     -------
@@ -189,16 +201,12 @@ def _head_centre(volume: NiftiVolume, half_mm: np.ndarray) -> tuple[np.ndarray, 
         float64 (3,), (x, y, z) in mm of the world.
     threshold : float
     """
-    linear, origin = volume.affine[:3, :3], volume.affine[:3, 3]
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in volume.data.shape[::-1]], indexing="ij")).reshape(3, -1)
-    low, high = (linear @ corners).min(axis=1), (linear @ corners).max(axis=1)
-    shape_xyz = np.ceil((high - low) / _COARSE_MM).astype(int) + 1
-    inverse = np.linalg.inv(linear)
-    matrix = np.eye(4)
-    matrix[:3, :3] = inverse * _COARSE_MM
-    matrix[:3, 3] = inverse @ low
-    coarse = np.empty(tuple(shape_xyz[::-1]), np.float32)
-    sample_trilinear(volume.data, volume.slope, volume.inter, matrix, coarse)
+    linear, origin = affine[:3, :3], affine[:3, 3]
+    steps = np.maximum(np.rint(_COARSE_MM / np.linalg.norm(linear, axis=0)), 1).astype(int)  # along x, y, z
+    along_x, along_y, along_z = steps.tolist()
+    with np.errstate(over="ignore", invalid="ignore"):
+        coarse = (turned[::along_z, ::along_y, ::along_x] * slope + inter).astype(np.float32)
+    coarse[~((coarse > 0) & (coarse < np.inf))] = 0
 
     positive = coarse[coarse > 0]
     if positive.size == 0:
@@ -209,12 +217,11 @@ def _head_centre(volume: NiftiVolume, half_mm: np.ndarray) -> tuple[np.ndarray, 
         raise ScanError("bad_image", "all positive voxels have the same intensity")
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    z, y, x = np.nonzero(labels == sizes.argmax())
-    top = z.max()
-    brain = z > top - _BRAIN_HEIGHT_MM / _COARSE_MM
-    middle = np.array([(x[brain].min() + x[brain].max()) / 2, (y[brain].min() + y[brain].max()) / 2, float(top)])
-    centre = origin + low + middle * _COARSE_MM
-    centre[2] += _VERTEX_MARGIN_MM - half_mm[2]
+    index = np.argwhere(labels == sizes.argmax())[:, ::-1] * steps
+    x, y, z = linear @ index.T
+    brain = z > z.max() - _BRAIN_HEIGHT_MM
+    middle = [(axis[brain].min() + axis[brain].max()) / 2 for axis in (x, y)]
+    centre = origin + np.array([*middle, z.max() + _VERTEX_MARGIN_MM - half_mm[2]])
     return centre, threshold
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ ROW_BYTES = 3 << 10
 GRID_BYTES = 40 << 20
 #: The voxels of an ordinary scan: a float32 volume in UK Biobank's MNI152 grid has 29 MB, a head at 0.8 mm 67 MB.
 VOXEL_BYTES = 72 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 _ORDINARY = 4  # times the median: larger files do not decide about the others
 
 
@@ -91,6 +93,30 @@ def plan_memory(max_bytes: int | None, file_bytes: Sequence[int], *, scans: int,
         )
     threads = min(threads, fit)
     return MemoryPlan(threads, (max_bytes - tables) // threads)
+
+
+def keep_freed_memory() -> None:
+    """Let this process use the memory of one volume for the next, rather than ask the system for it each time.
+
+    The C library gives blocks of more than 32 MB back as soon as they are free, and dask tells its workers to do so
+    from 64 KB; the system then zeroes pages for every volume, one by one, which takes as long as inflating it.
+    """
+    _mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    _mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    _mallopt(_M_ARENA_MAX, 1)  # one heap for all threads: what one has freed another can use
+
+
+def give_memory_back() -> None:
+    """Return what `keep_freed_memory` has kept to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; musl has none, and needs none
+    if mallopt:
+        mallopt(parameter, value)
 
 
 def _mb(size: int) -> str:

@@ -21,6 +21,7 @@ from zarr.codecs import ZstdCodec
 from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.scan import ScanRow
+from ingest.shard import LZ4_ACCELERATION
 
 FORMAT = "brain-volumes"
 FORMAT_VERSION = 1
@@ -108,7 +109,7 @@ def create_store(
             shards=(1, depth, height, width),
             dtype="uint8",
             compressors=[
-                {"name": "numcodecs.lz4", "configuration": {"acceleration": 1}},
+                {"name": "numcodecs.lz4", "configuration": {"acceleration": LZ4_ACCELERATION}},
                 {"name": "crc32c", "configuration": {}},
             ],
             fill_value=0,

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from ingest.memory import give_memory_back, keep_freed_memory
+
 if TYPE_CHECKING:
     from distributed import Client
 
@@ -24,6 +26,7 @@ def run_in_threads(function: Callable[[Task], Result], tasks: Sequence[Task], th
 
     Threads do, for reading, inflating and the compiled loops all let go of Python's lock.
     """
+    keep_freed_memory()
     with ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
         waiting = iter(tasks)
         running: set[Future[Result]] = set()
@@ -38,6 +41,7 @@ def run_in_threads(function: Callable[[Task], Result], tasks: Sequence[Task], th
                     yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+            give_memory_back()
 
 
 def run_in_processes(
@@ -95,6 +99,7 @@ def run_in_processes(
 
 
 def _run_batch(function: Callable[[Task], Result], batch: Sequence[Task]) -> list[Result]:
+    keep_freed_memory()
     return [function(task) for task in batch]
 
 
