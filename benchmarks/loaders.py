@@ -116,7 +116,7 @@ def run_loaders(
         "order": "random",
         "page_cache": "warm",
         "largest_difference_of_pictures": largest_difference,
-        "stored_mb_per_scan": round(np.mean([shard_path(store.path, r).stat().st_size for r in rows]) / 1e6, 3),
+        "stored_mb_per_scan": round(np.mean([os.stat(str(shard_path(store.path, r))).st_size for r in rows]) / 1e6, 3),
         "source_mb_per_scan": round(np.mean([files[int(r)].stat().st_size for r in rows]) / 1e6, 3),
     }
     return Report("loaders", settings, results, ratios)
@@ -196,7 +196,7 @@ def _limit(store: VolumeStore, rows: np.ndarray, batch: np.ndarray, threads: int
     local = threading.local()
 
     def decode(row: int, out: np.ndarray) -> None:
-        with open(shard_path(store.path, row), "rb", buffering=0) as file:
+        with open(str(shard_path(store.path, row)), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if not hasattr(local, "buffer") or len(local.buffer) < size:
                 local.buffer = np.empty(2 * size, np.uint8)

@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def extract_command(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store made by ingest.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A store made by ingest, or s3://bucket/store.zarr")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Embeddings to write: .zarr or .h5")],
     model: Annotated[str, typer.Option(help="resnet18 (2D) or r3d_18 (3D).")] = "resnet18",
     weights: Annotated[

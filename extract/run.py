@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from extract.embeddings import Embeddings
 from extract.encoder import Encoder
+from ingest.places import Place
 from ingest.store import open_store, package_versions
 from loaders import open_loader
 
@@ -16,7 +16,7 @@ _IDENTITY = ["participant", "session", "modality", "brain_voxels", "head_scale"]
 
 
 def extract(
-    store: str | Path,
+    store: str | Place,
     encoder: Encoder,
     *,
     backend: str = "auto",
@@ -75,7 +75,7 @@ def extract(
             "precision": "float32",
             "backend": loader.backend,
             "store": {
-                "path": str(Path(store).absolute()),
+                "path": str(volumes.path.absolute()),
                 "id": volumes.attrs["store_id"],
                 "grid": volumes.attrs["grid"],
             },

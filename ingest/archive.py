@@ -8,11 +8,13 @@ import stat
 import struct
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import deflate
 import numpy as np
 
 from ingest.errors import ScanError
+from ingest.places import as_place
 from ingest.scan import ScanSource
 
 #: Larger files are not read: an archive of UK Biobank has 100 MB, one brain volume never more than a few GB.
@@ -87,7 +89,10 @@ def read_scan(source: ScanSource, *, max_bytes: int = MAX_FILE_BYTES) -> ScanCon
     stem, suffix = _split(source.path)
     if suffix not in _PAIR_SUFFIXES:
         return ScanContent(_read_file(source.path, max_bytes))
-    other = next((stem + s for s in _PAIR_SUFFIXES[suffix] if os.path.exists(stem + s)), None)
+    try:
+        other = next((stem + s for s in _PAIR_SUFFIXES[suffix] if as_place(stem + s).exists()), None)
+    except (OSError, ValueError) as error:
+        raise ScanError("read_error", f"{type(error).__name__}: {error}") from None
     if other is None:
         expected = " or ".join(os.path.basename(stem) + s for s in _PAIR_SUFFIXES[suffix][:2])
         raise ScanError("read_error", f"half of a pair: no {expected} beside it")
@@ -104,24 +109,32 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _read_file(path: str, max_bytes: int, *, too_large: str = "unsupported") -> bytes:
-    """Read a regular file whole, sequentially: the Research Analysis Platform's mount is slow at seeking about."""
+    """Read a file or an object whole, sequentially: the Research Analysis Platform's mount is slow at seeking about."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
-            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-            raise ScanError("read_error", f"{kind}, not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise ScanError(too_large, f"{status.st_size} bytes; files of more than {MAX_FILE_BYTES} are not read")
-        if status.st_size > max_bytes:
-            raise ScanError(
-                "read_error", f"{status.st_size} bytes; --max-memory leaves room for files of {max_bytes} bytes"
-            )
+        place = as_place(path)
+        size = _regular_file_bytes(path) if isinstance(place, Path) else place.size()
+        if size is None:
+            raise FileNotFoundError(f"there is no {path}")
+        if size > MAX_FILE_BYTES:
+            raise ScanError(too_large, f"{size} bytes; files of more than {MAX_FILE_BYTES} are not read")
+        if size > max_bytes:
+            raise ScanError("read_error", f"{size} bytes; --max-memory leaves room for files of {max_bytes} bytes")
+        if not isinstance(place, Path):
+            return place.read_pieces(size)
         with open(path, "rb") as file:
-            return file.read(status.st_size)
+            return file.read(size)
     except OSError as error:
         raise ScanError("read_error", f"{type(error).__name__}: {error.strerror or error}") from None
     except (MemoryError, ValueError) as error:  # ValueError: a NUL character in the path
         raise ScanError("read_error", f"{type(error).__name__}: {error or 'the file is too large'}") from None
+
+
+def _regular_file_bytes(path: str) -> int:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise ScanError("read_error", f"{kind}, not a regular file")
+    return status.st_size
 
 
 def _check_directory(content: bytes) -> None:

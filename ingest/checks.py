@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import zarr
 from ingest.decode import decode_shard, read_index
 from ingest.grid import Grid
 from ingest.journal import journal_path
+from ingest.places import Place, files_below, zarr_store
 from ingest.scan import STATUSES, ScanRow
 from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
 from ingest.store import FORMAT, FORMAT_VERSION, quiet_zarr
@@ -77,7 +77,7 @@ class StoreTables:
         The columns that `rows` has from the store; the others are at their defaults.
     """
 
-    path: Path
+    path: Place
     attrs: dict[str, Any]
     shape_zyx: tuple[int, int, int]
     slab: int
@@ -90,7 +90,7 @@ class StoreTables:
         return Finding(kind, detail, number, row.participant, row.session, row.source, file)
 
 
-def check_tables(path: Path) -> tuple[StoreTables | None, list[Finding]]:
+def check_tables(path: Place) -> tuple[StoreTables | None, list[Finding]]:
     """Check attributes, layout and columns; without a readable ``status`` column there are no tables."""
     try:
         attrs = json.loads((path / "zarr.json").read_text())["attributes"]
@@ -106,10 +106,8 @@ def check_tables(path: Path) -> tuple[StoreTables | None, list[Finding]]:
         return None, [Finding("layout_wrong", f"volumes/zarr.json cannot be read: {error_text(error)}")]
     kinds = {column.name: _KINDS[str(column.type)] for column in fields(ScanRow)}
     columns, damaged = _check_columns(path, "scans", kinds, scans)
-    variables = (
-        [p.name for p in (path / "phenotypes").iterdir() if p.is_dir()] if (path / "phenotypes").is_dir() else []
-    )
-    findings += damaged + _check_columns(path, "phenotypes", dict.fromkeys(sorted(variables), "f"), scans)[1]
+    variables = sorted({file.partition("/")[0] for file in files_below(path / "phenotypes") if "/" in file})
+    findings += damaged + _check_columns(path, "phenotypes", dict.fromkeys(variables, "f"), scans)[1]
     if "status" not in columns or any(finding.kind == "layout_wrong" for finding in findings):
         return None, findings
     blank = ScanRow(participant="", session="", modality="", source="")
@@ -117,7 +115,7 @@ def check_tables(path: Path) -> tuple[StoreTables | None, list[Finding]]:
     return StoreTables(path, attrs, shape_zyx, slab, rows, frozenset(columns)), findings
 
 
-def _check_layout(path: Path, attrs: dict[str, Any]) -> tuple[int, tuple[int, int, int], int, list[Finding]]:
+def _check_layout(path: Place, attrs: dict[str, Any]) -> tuple[int, tuple[int, int, int], int, list[Finding]]:
     """Return rows, shape and slab of the array, and where they disagree with the format or the attribute ``grid``."""
     meta = json.loads((path / "volumes" / "zarr.json").read_text())
     scans, *shape = (int(n) for n in meta["shape"])
@@ -147,7 +145,7 @@ def _check_layout(path: Path, attrs: dict[str, Any]) -> tuple[int, tuple[int, in
     return scans, (depth, height, width), slab, findings
 
 
-def _check_columns(path: Path, group: str, kinds: dict[str, str], scans: int) -> tuple[dict[str, Any], list[Finding]]:
+def _check_columns(path: Place, group: str, kinds: dict[str, str], scans: int) -> tuple[dict[str, Any], list[Finding]]:
     """Read columns as lists; those that are absent, unreadable, of another type or length are findings.
 
     `kinds` has the kinds of NumPy type that each may have.
@@ -161,7 +159,7 @@ def _check_columns(path: Path, group: str, kinds: dict[str, str], scans: int) ->
             continue
         try:
             with quiet_zarr():
-                values = np.asarray(zarr.open_array(path / group / name, mode="r", zarr_format=3)[:])
+                values = np.asarray(zarr.open_array(zarr_store(path / group / name), mode="r", zarr_format=3)[:])
         except UNREADABLE as error:
             findings.append(Finding("column_damaged", f"{label} cannot be read: {error_text(error)}"))
             continue
@@ -194,32 +192,28 @@ def check_rows(tables: StoreTables) -> list[Finding]:
 def check_files(tables: StoreTables) -> list[Finding]:
     """Find files that belong to no scan, and what a killed writer left."""
     findings = []
-    shards = tables.path / "volumes" / "c"
-    for parent, _, names in os.walk(tables.path):
-        for name in names:
-            file = Path(parent) / name
-            inside = str(file.relative_to(tables.path))
-            if _TEMPORARY.search(name):
-                findings.append(Finding("leftover", f"{inside} was left by a writer that was stopped", file=inside))
-            elif file.is_relative_to(shards):
-                findings += _check_place(tables, file, inside)
-    for suffix in (".staged", ".old"):
+    for file in files_below(tables.path):
+        if _TEMPORARY.search(file.rpartition("/")[2]):
+            findings.append(Finding("leftover", f"{file} was left by a writer that was stopped", file=file))
+        elif file.startswith("volumes/c/"):
+            findings += _check_place(tables, file)
+    for suffix in (".staged", ".old", ".removed"):
         beside = tables.path.with_name(tables.path.name + suffix)
         if beside.exists():
             findings.append(Finding("leftover", f"{beside} was left by a writer that was stopped"))
     return findings
 
 
-def _check_place(tables: StoreTables, file: Path, inside: str) -> list[Finding]:
-    text = file.relative_to(tables.path / "volumes" / "c").parts[0]
+def _check_place(tables: StoreTables, file: str) -> list[Finding]:
+    text = file.split("/")[2]
     number = int(text) if text.isascii() and text.isdecimal() else -1
     if not 0 <= number < len(tables.rows) or str(number) != text:
-        return [Finding("shard_orphan", f"{inside} belongs to no row", file=inside)]
-    if file != shard_path(tables.path, number):
-        return [tables.finding(number, "shard_orphan", f"{inside} is no shard of this store", inside)]
+        return [Finding("shard_orphan", f"{file} belongs to no row", file=file)]
+    if file != f"volumes/c/{number}/0/0/0":
+        return [tables.finding(number, "shard_orphan", f"{file} is no shard of this store", file)]
     status = tables.rows[number].status
     if status in STATUSES and status not in ("ok", "pending"):
-        return [tables.finding(number, "shard_orphan", f"the status is {status}, yet there is a shard", inside)]
+        return [tables.finding(number, "shard_orphan", f"the status is {status}, yet there is a shard", file)]
     return []
 
 
@@ -245,19 +239,19 @@ def check_shard(tables: StoreTables, number: int, volume: np.ndarray) -> tuple[F
         _check_contiguous(content, tables.shape_zyx[0] // tables.slab)
         decode_shard(content, tables.slab, volume)
     except FileNotFoundError:
-        return tables.finding(number, "shard_missing", f"there is no {path.relative_to(tables.path)}"), content
+        return tables.finding(number, "shard_missing", f"there is no volumes/c/{number}/0/0/0"), content
     except (OSError, ValueError) as error:
         return tables.finding(number, "shard_damaged", error_text(error)), content
     wrong = _check_statistics(tables.rows[number], tables.known, volume)
     return (tables.finding(number, "statistics_wrong", wrong) if wrong else None), content
 
 
-def _read_shard(path: Path, shape_zyx: tuple[int, int, int], slab: int) -> np.ndarray:
+def _read_shard(path: Place, shape_zyx: tuple[int, int, int], slab: int) -> np.ndarray:
     """Read a shard, but no more than one can have."""
     slabs = shape_zyx[0] // slab
     raw = math.prod(shape_zyx) // slabs
     most = slabs * (SLAB_HEADER + raw + raw // 255 + 16 + CRC_BYTES) + index_bytes(slabs)  # LZ4's own bound
-    size = path.stat().st_size
+    size = path.stat().st_size if isinstance(path, Path) else path.size() or 0
     if size > most:
         raise ValueError(f"shard of {size} bytes, a shard of this store has at most {most}")
     return np.frombuffer(path.read_bytes(), np.uint8)

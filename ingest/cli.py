@@ -18,9 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from ingest.errors import MemoryBudgetError, SourceError, StoreError, TableError
+from ingest.errors import MemoryBudgetError, ObjectStoreError, SourceError, StoreError, TableError
 from ingest.inspection import StoreSummary, summarise_store
 from ingest.layouts import Layout
+from ingest.places import Place, as_place
 from ingest.progress import progress_bar
 from ingest.report import ReportSummary, write_report
 from ingest.run import ingest
@@ -62,14 +63,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 @app.command("run")
 def run_command(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SRC",
             help="UK Biobank zips, a BIDS tree, a folder of NIfTI files, or a manifest (CSV or TSV with the columns "
-            "path, participant, session, modality).",
+            "path, participant, session, modality). May be s3://bucket/prefix.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The store to make, go on with, or add to.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT.zarr", help="The store to make, go on with, or add to. May be s3://...")
+    ],
     layout: Annotated[Layout, typer.Option(help="How the scans are named.")] = Layout.auto,
     image: Annotated[
         str | None,
@@ -81,7 +84,7 @@ def run_command(
     space: Annotated[
         Space, typer.Option(help="Space of the store; auto: that of the first readable scan.")
     ] = Space.auto,
-    phenotypes: Annotated[Path | None, typer.Option(help="CSV, TSV or parquet to join by participant.")] = None,
+    phenotypes: Annotated[str | None, typer.Option(help="CSV, TSV or parquet to join by participant.")] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes; 0 works in this one, with a thread per core and one more.")
     ] = 0,
@@ -101,7 +104,7 @@ def run_command(
         bool, typer.Option("--retry-failed", help="Read again what an earlier run failed to read.")
     ] = False,
     withdrawn: Annotated[
-        Path | None, typer.Option(metavar="LIST", help="People who withdrew: pass their scans over.")
+        str | None, typer.Option(metavar="LIST", help="People who withdrew: pass their scans over.")
     ] = None,
     allow_readd: Annotated[
         bool, typer.Option("--allow-readd", help="Take anybody, though people have been withdrawn from OUT.zarr.")
@@ -110,7 +113,8 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Ingest the scans of a folder (the default command)."""
-    settings = IngestSettings(layout=layout, image=image, space=space, phenotypes=phenotypes, slab=slab)
+    table = None if phenotypes is None else _place(phenotypes)
+    settings = IngestSettings(layout=layout, image=image, space=space, phenotypes=table, slab=slab)
     limit = None if max_memory is None else _parse_bytes(max_memory)
     read = failures = 0
     with progress_bar("ingest", errors) as progress:
@@ -123,15 +127,15 @@ def run_command(
             progress.update(bar, advance=1, bytes=read, failures=failures)
 
         summary = ingest(
-            source,
-            out,
+            _place(source),
+            _place(out),
             settings,
             workers=workers,
             scheduler=scheduler,
             max_memory=limit,
             overwrite=overwrite,
             retry_failed=retry_failed,
-            withdrawn=withdrawn,
+            withdrawn=None if withdrawn is None else _place(withdrawn),
             allow_readd=allow_readd,
             on_plan=lambda scans, _: progress.update(bar, total=scans),
             on_scan=count,
@@ -146,11 +150,11 @@ def run_command(
 
 @app.command("inspect")
 def inspect_command(
-    store: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="A store.")],
+    store: Annotated[str, typer.Argument(metavar="OUT.zarr", help="A store.")],
     as_json: AsJson = False,
 ) -> None:
     """Print what is in a store."""
-    summary = summarise_store(store)
+    summary = summarise_store(_place(store))
     if as_json:
         print(json.dumps(summary.to_json()))
     else:
@@ -160,11 +164,11 @@ def inspect_command(
 @app.command("withdraw")
 def withdraw_command(
     list_file: Annotated[Path, typer.Argument(metavar="LIST", help="One participant id a line.")],
-    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Volume stores and embeddings.")],
+    stores: Annotated[list[str], typer.Argument(metavar="STORE...", help="Volume stores, embeddings, report pages.")],
     as_json: AsJson = False,
 ) -> None:
     """Remove people who withdrew from every store named, for good."""
-    record = withdraw(list_file, stores)
+    record = withdraw(list_file, [_place(store) for store in stores])
     if as_json:
         print(json.dumps(record.to_json()))
         return
@@ -187,9 +191,9 @@ def withdraw_command(
 
 @app.command("verify")
 def verify_command(
-    store: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="A store.")],
+    store: Annotated[str, typer.Argument(metavar="OUT.zarr", help="A store.")],
     against: Annotated[
-        Path | None, typer.Option(metavar="SRC", help="The folder that was ingested: compare with its scans.")
+        str | None, typer.Option(metavar="SRC", help="The folder that was ingested: compare with its scans.")
     ] = None,
     sample: Annotated[int, typer.Option(min=0, help="How many scans to compare; 0 compares all.")] = 20,
     repair: Annotated[bool, typer.Option("--repair", help="Ingest damaged scans again; needs --against.")] = False,
@@ -202,8 +206,8 @@ def verify_command(
     with progress_bar("verify", errors) as progress:
         bar = progress.add_task("verify", total=None)
         report = verify(
-            store,
-            against=against,
+            _place(store),
+            against=None if against is None else _place(against),
             sample=sample,
             repair=repair,
             threads=workers or None,
@@ -220,7 +224,7 @@ def verify_command(
 
 @app.command("report")
 def report_command(
-    store: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="A store.")],
+    store: Annotated[str, typer.Argument(metavar="OUT.zarr", help="A store.")],
     page: Annotated[Path, typer.Argument(metavar="REPORT.html", help="The page to write; replaced if it exists.")],
     rows: Annotated[
         str, typer.Option(metavar="ROWS", help="Scans to show with their picture before all others: 17,400-420")
@@ -233,7 +237,7 @@ def report_command(
     with progress_bar("report", errors) as progress:
         bar = progress.add_task("report", total=None)
         summary = write_report(
-            store,
+            _place(store),
             page,
             rows=wanted,
             threads=workers or None,
@@ -286,6 +290,13 @@ def _parse_rows(text: str) -> list[int]:
     return rows
 
 
+def _place(text: str) -> Place:
+    try:
+        return as_place(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _parse_bytes(text: str) -> int:
     """Read a size such as ``4GB``, ``512 MiB`` or ``2e9``."""
     try:
@@ -297,7 +308,7 @@ def _parse_bytes(text: str) -> int:
     return size
 
 
-def _print_ingest(summary: IngestSummary, out: Path) -> None:
+def _print_ingest(summary: IngestSummary, out: str) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in summary.status.items())
     done = f"{summary.new} new, {summary.changed} changed, {summary.retried} tried again"
     if summary.new < summary.scans:
@@ -318,7 +329,7 @@ def _print_ingest(summary: IngestSummary, out: Path) -> None:
         errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _print_store(summary: StoreSummary, store: Path) -> None:
+def _print_store(summary: StoreSummary, store: str) -> None:
     depth, height, width = summary.grid["shape_zyx"]
     console.print(str(store), soft_wrap=True, highlight=False, markup=False)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -336,7 +347,7 @@ def _print_store(summary: StoreSummary, store: Path) -> None:
     console.print(table, highlight=False)
 
 
-def _print_verify(report: VerifyReport, store: Path) -> None:
+def _print_verify(report: VerifyReport, store: str) -> None:
     compared = f", {report.compared} compared with their source" if report.compared else ""
     repaired = f", {report.repaired} repaired" if report.repaired else ""
     console.print(
@@ -381,6 +392,8 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
     try:
         app()
-    except (StoreError, SourceError, TableError, MemoryBudgetError, FileNotFoundError, FileExistsError) as error:
+    except (
+        StoreError, SourceError, TableError, MemoryBudgetError, ObjectStoreError, FileNotFoundError, FileExistsError,
+    ) as error:  # fmt: skip
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ingest.archive import ScanContent, read_scan
 from ingest.conform import conform
@@ -14,6 +13,7 @@ from ingest.grid import Grid, space_of
 from ingest.intensity import IntensityRule, to_grey_levels
 from ingest.memory import GRID_BYTES
 from ingest.nifti import NiftiVolume, read_nifti
+from ingest.places import Place
 from ingest.scan import ScanRow, ScanSource
 from ingest.shard import encode_shard, shard_path, write_shard
 
@@ -32,11 +32,13 @@ class ConvertedScan:
 
 def pending_row(source: ScanSource) -> ScanRow:
     """Return the row of a scan that was found but not read yet."""
-    try:
-        stat = os.stat(source.path)
-        size, mtime = stat.st_size, stat.st_mtime
-    except OSError:  # the read reports it
-        size, mtime = 0, float("nan")
+    size, mtime = source.size, source.mtime
+    if size is None:
+        try:
+            stat = os.stat(source.path)
+            size, mtime = stat.st_size, stat.st_mtime
+        except (OSError, ValueError):  # the read reports it
+            size = 0
     return ScanRow(
         participant=source.participant,
         session=source.session,
@@ -75,7 +77,7 @@ def volume_space(source: ScanSource, volume: NiftiVolume) -> str:
 
 
 def convert_scan(
-    source: ScanSource, row: int, store: Path, grid: Grid, rule: IntensityRule, slab: int, memory: int | None = None
+    source: ScanSource, row: int, store: Place, grid: Grid, rule: IntensityRule, slab: int, memory: int | None = None
 ) -> ConvertedScan:
     """Read, conform, quantise and store one scan.
 
@@ -84,7 +86,7 @@ def convert_scan(
     row
         Row of the scan in the store, that is the number of its shard.
     store
-        Folder of the store.
+        Where the store is.
     memory
         Bytes that it may take, see `load_volume`.
 

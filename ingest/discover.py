@@ -1,12 +1,16 @@
-"""Listing the files below a folder: safe with links, loud about folders that cannot be read, flat in memory."""
+"""Listing the files below a folder, safe with links and loud about what cannot be read; and objects like files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ingest.errors import SourceError
+from ingest.places import ObjectPath
+from ingest.scan import ScanSource
 
 #: Left out everywhere, beside names that begin with a dot: what file systems put at the top of a disk.
 _SYSTEM_FOLDERS = frozenset({"lost+found"})
@@ -95,3 +99,39 @@ def _in_tree(real: str, top: str, skip: Collection[str]) -> bool:
     if not real.startswith(prefix):
         return False
     return not any(part.startswith(".") or part in skip for part in real[len(prefix) :].split(os.sep))
+
+
+def list_objects(prefix: ObjectPath, skip: Collection[str] = ()) -> dict[str, tuple[int, float]]:
+    """Return bytes and seconds since 1970 of every object below a prefix, by its name relative to that.
+
+    What `walk_files` leaves out is left out here too.
+
+    Raises
+    ------
+    ObjectStoreError
+        If the objects cannot be listed.
+    """
+    skip = frozenset(skip) | _SYSTEM_FOLDERS
+    start = len(prefix.key) + 1 if prefix.key else 0
+    found = {}
+    for place, size, mtime in prefix.below():
+        file = place.key[start:]
+        *folders, name = file.split("/")
+        hidden = any(part.startswith(".") for part in (*folders, name))
+        if not hidden and skip.isdisjoint(folders):
+            found[file] = (size, mtime)
+    return found
+
+
+def folders_of(files: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield every folder of relative file names, with the names of its files, as `walk_files` does."""
+    folders: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        folders[folder].append(name)
+    yield from folders.items()
+
+
+def with_listing(scan: ScanSource, listed: tuple[int, float] | None) -> ScanSource:
+    """Return a scan with the size and time that a listing has told."""
+    return scan if listed is None else replace(scan, size=listed[0], mtime=listed[1])

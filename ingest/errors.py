@@ -11,6 +11,10 @@ class SourceError(FileNotFoundError):
     """A source folder in which no scans can be found."""
 
 
+class ObjectStoreError(OSError):
+    """An object store that does not answer, refuses, or lacks the bucket."""
+
+
 class TableError(ValueError):
     """A phenotype table that cannot be read or joined."""
 

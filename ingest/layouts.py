@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
-from ingest.discover import walk_files
+from ingest.discover import folders_of, list_objects, walk_files, with_listing
 from ingest.errors import SourceError
 from ingest.manifest import read_manifest
 from ingest.names import (
@@ -22,6 +22,7 @@ from ingest.names import (
     ukb_scan,
     volume_stem,
 )
+from ingest.places import Place
 from ingest.scan import ScanSource
 
 
@@ -44,7 +45,9 @@ _READERS: dict[Layout, Callable[[str, str, str | None], Ranked | None]] = {
 _TABLES = (".csv", ".tsv")
 
 
-def find_scans(source: Path, layout: Layout = Layout.auto, image: str | None = None) -> tuple[Layout, list[ScanSource]]:
+def find_scans(
+    source: Place, layout: Layout = Layout.auto, image: str | None = None, rank: int | None = None
+) -> tuple[Layout, list[ScanSource]]:
     """List the scans of a folder or of a manifest.
 
     One image type per store. Without `image` that is T1 in a UK Biobank tree, or FLAIR if there is no T1; and T1w in a
@@ -62,6 +65,9 @@ def find_scans(source: Path, layout: Layout = Layout.auto, image: str | None = N
         UK Biobank: the member, ``T1_brain`` (field 20252) or ``T2_FLAIR_brain_to_MNI`` (20253); BIDS: the suffix,
         with entities that the name must have (``T1w``, ``space-MNI152NLin2009cAsym_T1w``); flat: a text that the file
         name must hold.
+    rank
+        Which of the images that are taken without `image` it must be, see `ingest.names.rank_of`; None takes the first
+        that is found.
 
     Returns
     -------
@@ -92,7 +98,10 @@ def find_scans(source: Path, layout: Layout = Layout.auto, image: str | None = N
     best: tuple[int, int] | None = None
     scans: list[ScanSource] = []
     kinds: Counter[str] = Counter()
-    for relative, names in walk_files(source, BIDS_EXTRAS if bids_folders_only else ()):
+    skip = BIDS_EXTRAS if bids_folders_only else ()
+    listed = {} if isinstance(source, Path) else list_objects(source, skip)
+    folders = walk_files(source, skip) if isinstance(source, Path) else folders_of(listed)
+    for relative, names in folders:
         for name in one_per_pair(names):
             kinds[_kind(name)] += 1
             file = os.path.join(relative, name)
@@ -100,12 +109,12 @@ def find_scans(source: Path, layout: Layout = Layout.auto, image: str | None = N
                 if best and place > best[0]:
                     break
                 ranked = _READERS[candidate](root, file, image)
-                if ranked is None:
+                if ranked is None or (rank is not None and ranked[0] != rank):
                     continue
                 if best is None or (place, ranked[0]) < best:
                     best, scans = (place, ranked[0]), []
                 if (place, ranked[0]) == best:
-                    scans.append(ranked[1])
+                    scans.append(with_listing(ranked[1], listed.get(file)))
                 break
     if best is None:
         raise SourceError(_nothing_found(source, layout, image, kinds))
@@ -124,7 +133,7 @@ def _kind(name: str) -> str:
     return "BIDS" if name.startswith("sub-") else "NIfTI"
 
 
-def _nothing_found(source: Path, layout: Layout, image: str | None, kinds: Counter[str]) -> str:
+def _nothing_found(source: Place, layout: Layout, image: str | None, kinds: Counter[str]) -> str:
     fields = [f"{field} ({bulk.modality})" for field, bulk in UKB_FIELDS.items()]
     expected = {
         Layout.ukb: f"zips named like 1234567_20252_2_0.zip, of the fields {' or '.join(fields)}",

@@ -7,28 +7,36 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ingest.errors import StoreError
+from ingest.places import Place
 
 #: What a file system answers that has no locks at all (some network mounts).
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
 @contextlib.contextmanager
-def store_lock(store: Path) -> Iterator[None]:
-    """Hold the only right to write to a store while the block runs.
+def store_lock(store: Place) -> Iterator[Callable[[], None]]:
+    """Hold the only right to write to a store while the block runs; gives a function that raises once it is lost.
 
-    The lock is ``flock`` on ``STORE.lock``, so a killed run leaves none behind. It works between machines where the
-    file system supports it (local disks, NFS 4, Lustre mounted with ``flock``).
+    In an object store it is a lease, see `ingest.lease`. In a folder it is ``flock`` on ``STORE.lock``, so a killed run
+    leaves none behind. It works between machines where the file system supports it (local disks, NFS 4, Lustre mounted
+    with ``flock``).
 
     Raises
     ------
     StoreError
         If another process holds it; names that process.
     """
+    if not isinstance(store, Path):
+        from ingest.lease import store_lease
+
+        with store_lease(store) as check:
+            yield check
+        return
     path = store.with_name(store.name + ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, store)
@@ -36,7 +44,7 @@ def store_lock(store: Path) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         holder = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         os.write(descriptor, holder.encode())
-        yield
+        yield lambda: None  # the kernel takes it from nobody who lives
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()  # before the lock is given up: whoever waits for it finds that the file is another one

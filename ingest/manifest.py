@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ingest.errors import SourceError
 from ingest.names import ukb_scan
+from ingest.places import Place, local_copy
 from ingest.scan import ScanSource
 
 REQUIRED = ("path", "participant")
@@ -19,7 +20,7 @@ OPTIONAL = ("session", "modality")
 _MEMBER = re.compile(r"(?P<archive>.+?\.zip)(?:::|/)(?P<member>.+)", re.IGNORECASE)
 
 
-def read_manifest(table: Path, image: str | None = None) -> list[ScanSource]:
+def read_manifest(table: Place, image: str | None = None) -> list[ScanSource]:
     """Read a CSV or TSV file with a row per scan.
 
     Columns are ``path``, ``participant`` and, optionally, ``session`` and ``modality``; others are ignored. A path is
@@ -43,7 +44,7 @@ def read_manifest(table: Path, image: str | None = None) -> list[ScanSource]:
     SourceError
         If the table cannot be read, lacks a column or a value, or names a scan twice.
     """
-    root = os.path.abspath(table.parent)
+    root = os.path.abspath(table.parent) if isinstance(table, Path) else str(table.parent)
     lines: dict[str, int] = {}
     scans = []
     for line, row in _rows(table):
@@ -61,25 +62,34 @@ def read_manifest(table: Path, image: str | None = None) -> list[ScanSource]:
 
 def _scan(root: str, row: dict[str, str], image: str | None) -> ScanSource:
     path = row["path"]
-    if os.path.isabs(path) and path.startswith(os.path.join(root, "")):
-        path = os.path.relpath(path, root)
-    elif not os.path.isabs(path):
-        path = os.path.normpath(path) if "::" not in path else path
-    given = {name: row[name] for name in ("participant", *OPTIONAL) if row.get(name)}
+    absolute = os.path.isabs(path) or path.startswith("s3://")
+    if absolute and path.startswith(os.path.join(root, "")):
+        path = path.removeprefix(os.path.join(root, ""))
+    elif not absolute and "::" not in path:
+        path = os.path.normpath(path)
     match = _MEMBER.fullmatch(path)
     if match and ("::" in path or not os.path.isdir(os.path.join(root, match["archive"]))):
         archive, member = match["archive"], match["member"]
-        scan = ScanSource(os.path.join(root, archive), f"{archive}/{member}", "", "", "", member)
+        scan = ScanSource(_join(root, archive), f"{archive}/{member}", "", "", "", member)
     else:
         ranked = ukb_scan(root, path, image)
-        scan = ranked[1] if ranked else ScanSource(os.path.join(root, path), path, "", "", "")
-    return replace(scan, **given)
+        scan = ranked[1] if ranked else ScanSource(_join(root, path), path, "", "", "")
+    return replace(
+        scan,
+        participant=row["participant"],
+        session=row.get("session") or scan.session,
+        modality=row.get("modality") or scan.modality,
+    )
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _join(root: str, path: str) -> str:
+    return path if path.startswith("s3://") else os.path.join(root, path)
+
+
+def _rows(table: Place) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line number, row) of a table whose columns have been checked."""
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
+        with local_copy(table) as copy, open(copy, encoding="utf-8-sig", newline="") as file:
             header = file.readline()
             delimiter = max(",\t;", key=header.count)
             columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
@@ -108,7 +118,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise SourceError(f"{table} cannot be read: {error.strerror}") from None
 
 
-def _check_columns(table: Path, columns: list[str]) -> None:
+def _check_columns(table: Place, columns: list[str]) -> None:
     missing = [name for name in REQUIRED if name not in columns]
     twice = [name for name in (*REQUIRED, *OPTIONAL) if columns.count(name) > 1]
     if missing or twice:

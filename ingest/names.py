@@ -127,6 +127,13 @@ def flat_scan(root: str, file: str, image: str | None) -> Ranked | None:
     )
 
 
+def rank_of(layout: str, modality: str) -> int:
+    """Return the rank that the scans of a store have by their modality, as the functions above rank files."""
+    if layout == "ukb":
+        return [bulk.modality for bulk in UKB_FIELDS.values()].index(modality)
+    return int(layout == "bids" and "space-" in modality)
+
+
 def volume_stem(name: str) -> str | None:
     """Return the name without ``.nii``, ``.nii.gz``, ``.img``, ...; None for files that are no volume."""
     match = _VOLUME.search(name)

@@ -21,6 +21,7 @@ from ingest.decode import decode_shard
 from ingest.errors import StoreError
 from ingest.outliers import Cohort, compare_scans
 from ingest.pictures import montage_webp, picture_order
+from ingest.places import Place
 from ingest.quality import MOST_BRAIN_ML, ScanQuality, measure_volume, measures_of
 from ingest.report_page import PAGE_BYTES, render_page
 from ingest.shard import shard_path
@@ -90,7 +91,7 @@ class _Buffers(threading.local):
 
 
 def write_report(
-    store: Path,
+    store: str | Place,
     page: Path,
     *,
     rows: Sequence[int] = (),
@@ -212,7 +213,7 @@ def _read(store: VolumeStore, row: int, out: np.ndarray) -> str:
     try:
         decode_shard(np.frombuffer(path.read_bytes(), np.uint8), store.slab, out)
     except FileNotFoundError:
-        return f"its shard {path.relative_to(store.path)} is absent"
+        return f"its shard volumes/c/{row}/0/0/0 is absent"
     except OSError as error:
         return f"the shard cannot be read: {error.strerror}"
     except (ValueError, MemoryError) as error:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ingest.convert import ConvertedScan, convert_scan, load_volume, pending_row, volume_space
-from ingest.errors import ScanError, StoreError
+from ingest.errors import ObjectStoreError, ScanError, StoreError
 from ingest.grid import GRIDS, MNI152, NATIVE, Grid
 from ingest.intensity import IntensityRule
-from ingest.journal import journal_path, open_journal, read_journal
+from ingest.journal import open_journal, read_journal, remove_journal
 from ingest.layouts import Layout, find_scans
 from ingest.lock import store_lock
 from ingest.memory import plan_memory
+from ingest.names import rank_of
 from ingest.phenotypes import Phenotypes, join_phenotypes, participant_key
+from ingest.places import Place, as_place, local_copy
 from ingest.plan import Plan, make_plan
 from ingest.scan import EXPECTED_ABSENCES, ScanRow, ScanSource
 from ingest.settings import IngestSettings, IngestSummary, Space
@@ -34,6 +34,7 @@ from ingest.store import (
     grow_store,
     open_store,
     recover_store,
+    remove_store,
     rows_of,
     set_attributes,
     write_phenotypes,
@@ -41,6 +42,8 @@ from ingest.store import (
 )
 from ingest.withdraw import read_withdrawals
 from ingest.workers import run_in_processes, run_in_threads
+
+_GONE_AFTER = 8  # scans that cannot be fetched, one after the other; each has been tried for most of a minute
 
 #: The disk is full, over quota, read-only, or not ours.
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -50,8 +53,8 @@ _SPACES = {Space.mni: MNI152, Space.native: NATIVE}
 
 
 def ingest(
-    source: Path,
-    out: Path,
+    source: str | Place,
+    out: str | Place,
     settings: IngestSettings | None = None,
     *,
     workers: int = 0,
@@ -59,7 +62,7 @@ def ingest(
     max_memory: int | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
-    withdrawn: Path | None = None,
+    withdrawn: str | Place | None = None,
     allow_readd: bool = False,
     on_plan: Callable[[int, int], None] | None = None,
     on_scan: Callable[[ScanRow], None] | None = None,
@@ -73,9 +76,10 @@ def ingest(
     Parameters
     ----------
     source
-        Folder of UK Biobank zips, BIDS tree or folder of NIfTI files.
+        Folder of UK Biobank zips, BIDS tree or folder of NIfTI files, or ``s3://bucket/prefix``.
     out
-        The store, conventionally ``*.zarr``. While a run lasts there are ``OUT.lock`` and ``OUT.journal`` beside it.
+        The store, conventionally ``*.zarr``; may be ``s3://bucket/name.zarr``. While a run lasts there are
+        ``OUT.lock`` and ``OUT.journal`` beside it.
     workers
         Processes of a local dask cluster; 0 works in threads of this process, one per core and one more.
     scheduler
@@ -107,16 +111,20 @@ def ingest(
     """
     settings = settings or IngestSettings()
     started = time.perf_counter()
-    _check_is_store(out)
-    with store_lock(out), _clear_write_errors(out):
+    source, out = as_place(source), as_place(out)
+    with _clear_write_errors(out):
+        _check_is_store(out)
+    with _clear_write_errors(out), store_lock(out) as check_lock:
         recover_store(out)
         if overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-            journal_path(out).unlink(missing_ok=True)
+            remove_store(out)
+            remove_journal(out)
         store = open_store(out) if out.exists() else None
-        layout, sources = find_scans(source, settings.layout, settings.image)
+        rank = _rank(store) if store and settings.image is None else None
+        layout, sources = find_scans(source, settings.layout, settings.image, rank)
         if withdrawn:
-            people = read_withdrawals(withdrawn)
+            with local_copy(as_place(withdrawn)) as list_file:
+                people = read_withdrawals(list_file)
             sources = [scan for scan in sources if participant_key(scan.participant) not in people]
         if store:
             _check_same_settings(store, settings, layout)
@@ -144,7 +152,7 @@ def ingest(
             simulated |= bool(store.attrs["simulated"])
             set_attributes(out, {"simulated": simulated})
             write_scans(out, plan.rows)  # what is read again is pending from here on, whatever happens to this run
-            journal_path(out).unlink(missing_ok=True)  # all of it is in the table now
+            remove_journal(out)  # all of it is in the table now
         else:
             grid = _choose_grid(settings.space, list(plan.todo.values()))
             slab, store_id = settings.slab or DEFAULT_SLAB, uuid.uuid4().hex
@@ -161,25 +169,50 @@ def ingest(
         else:
             results = run_in_threads(work, todo, memory.threads)
         with open_journal(out, store_id) as append, contextlib.closing(results):
-            for number, converted in results:
+            for number, converted in _while_reachable(results, source):
                 plan.rows[number] = converted.row
                 simulated |= converted.simulated
+                check_lock()
                 append(number, converted.row, converted.simulated)
                 if on_scan:
                     on_scan(converted.row)
 
+        check_lock()
         write_scans(out, plan.rows)
         if phenotypes:
             write_phenotypes(out, phenotypes.table, phenotypes.variables)
         set_attributes(out, {"simulated": simulated})
-        journal_path(out).unlink(missing_ok=True)
+        remove_journal(out)
         return _summarise(plan, sum(sizes), time.perf_counter() - started, phenotypes, simulated=simulated)
 
 
+def _while_reachable(
+    results: Iterator[tuple[int, ConvertedScan]], source: Place
+) -> Iterator[tuple[int, ConvertedScan]]:
+    """Pass results on, but end the run when the sources' object store is gone, rather than fail scan after scan.
+
+    Scans that could not be fetched are held back until another could be; else the next run does them again.
+    """
+    held: list[tuple[int, ConvertedScan]] = []
+    for number, converted in results:
+        held.append((number, converted))
+        if not converted.row.error.startswith(ObjectStoreError.__name__):
+            yield from held
+            held.clear()
+        elif len(held) == _GONE_AFTER:
+            raise StoreError(
+                f"{source} is gone: {len(held)} scans one after the other could not be fetched "
+                f"({converted.row.error}); nothing that is done is lost: run the same command again"
+            )
+    yield from held
+
+
 @contextlib.contextmanager
-def _clear_write_errors(out: Path) -> Iterator[None]:
+def _clear_write_errors(out: Place) -> Iterator[None]:
     try:
         yield
+    except ObjectStoreError as error:
+        raise StoreError(f"{error}; nothing that is done is lost: run the same command again") from error
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
@@ -189,7 +222,7 @@ def _clear_write_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _attributes(source: Path, layout: Layout, settings: IngestSettings, slab: int) -> dict[str, Any]:
+def _attributes(source: Place, layout: Layout, settings: IngestSettings, slab: int) -> dict[str, Any]:
     return {
         "intensity": settings.intensity.to_json(),
         "settings": {
@@ -204,7 +237,7 @@ def _attributes(source: Path, layout: Layout, settings: IngestSettings, slab: in
 
 
 def _convert(
-    task: tuple[int, ScanSource], *, store: Path, grid: Grid, rule: IntensityRule, slab: int, memory: int | None
+    task: tuple[int, ScanSource], *, store: Place, grid: Grid, rule: IntensityRule, slab: int, memory: int | None
 ) -> tuple[int, ConvertedScan]:
     number, source = task
     converted = convert_scan(source, number, store, grid, rule, slab, memory)
@@ -220,7 +253,7 @@ def _lost(task: tuple[int, ScanSource]) -> tuple[int, ConvertedScan]:
     return number, ConvertedScan(replace(pending_row(source), status="read_error", error=reason))
 
 
-def _check_is_store(out: Path) -> None:
+def _check_is_store(out: Place) -> None:
     if out.exists() and not (out / "zarr.json").is_file():
         raise StoreError(f"{out} is not a Zarr store; choose another name")
 
@@ -243,6 +276,12 @@ def _check_same_settings(store: VolumeStore, settings: IngestSettings, layout: L
         raise StoreError(f"{store.path} was made with the intensity rule {store.attrs['intensity']}; use the same")
 
 
+def _rank(store: VolumeStore) -> int | None:
+    """Return the rank of the scans of a store, so that those of another image that came later are passed over."""
+    modalities = [modality for modality in store.scans["modality"] if modality]  # the withdrawn have none
+    return rank_of(store.attrs["settings"]["layout"], modalities[0]) if modalities else None
+
+
 def _choose_grid(space: Space, sources: list[ScanSource]) -> Grid:
     if space is not Space.auto:
         return GRIDS[_SPACES[space]]
@@ -256,13 +295,14 @@ def _choose_grid(space: Space, sources: list[ScanSource]) -> Grid:
 
 
 def _phenotypes(
-    source: Path, layout: Layout, table: Path | None, rows: list[ScanRow], store: VolumeStore | None
+    source: Place, layout: Layout, table: Place | None, rows: list[ScanRow], store: VolumeStore | None
 ) -> Phenotypes | None:
     """Join the table that is given; without one a store that has phenotypes keeps them, and new rows have none."""
     if table is None and layout is Layout.bids and (source / "participants.tsv").is_file():
         table = source / "participants.tsv"
     if table is not None:
-        return join_phenotypes(table, [row.participant for row in rows], [row.session for row in rows])
+        with local_copy(table) as copy:
+            return join_phenotypes(copy, [row.participant for row in rows], [row.session for row in rows])
     if store is None or not len(store.phenotypes.columns) or len(store.scans) == len(rows):
         return None
     added = len(rows) - len(store.scans)

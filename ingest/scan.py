@@ -32,12 +32,14 @@ class ScanSource:
     Attributes
     ----------
     path
-        The file or archive, absolute. Of a ``.hdr`` / ``.img`` pair the image.
+        The file or archive: an absolute path, or ``s3://bucket/key``. Of a ``.hdr`` / ``.img`` pair the image.
     name
         The same relative to the source folder, with the member inside an archive: ``90/9000001_20252_2_0.zip/T1/...``.
         It tells the scans of a source apart.
     member
         Member inside the archive, or None for a plain file.
+    size, mtime
+        Bytes and seconds since 1970, where the listing of an object store has said so.
     """
 
     path: str
@@ -46,6 +48,8 @@ class ScanSource:
     session: str
     modality: str
     member: str | None = None
+    size: int | None = None
+    mtime: float = nan
 
 
 @dataclass(frozen=True)

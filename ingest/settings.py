@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from ingest.intensity import IntensityRule
 from ingest.layouts import Layout
+from ingest.places import Place
 
 
 class Space(StrEnum):
@@ -42,7 +42,7 @@ class IngestSettings:
     layout: Layout = Layout.auto
     image: str | None = None
     space: Space = Space.auto
-    phenotypes: Path | None = None
+    phenotypes: Place | None = None
     slab: int | None = None
     intensity: IntensityRule = field(default_factory=IntensityRule)
 

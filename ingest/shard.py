@@ -13,10 +13,13 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
+from typing import overload
 
 import google_crc32c
 import numpy as np
 from numcodecs import lz4
+
+from ingest.places import ObjectPath, Place
 
 SLAB_HEADER = 4  # raw length
 CRC_BYTES = 4
@@ -56,17 +59,28 @@ def _crc(data: bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
-def shard_path(store: Path, row: int) -> Path:
+@overload
+def shard_path(store: Path, row: int) -> Path: ...
+
+
+@overload
+def shard_path(store: ObjectPath, row: int) -> ObjectPath: ...
+
+
+def shard_path(store: Place, row: int) -> Place:
     """Return where the shard of a row lies in a store."""
     return store / "volumes" / "c" / str(row) / "0" / "0" / "0"
 
 
-def write_shard(path: Path, content: bytes) -> None:
+def write_shard(path: Place, content: bytes) -> None:
     """Write a shard so that it is there whole or not at all, also after a power cut.
 
     What an earlier writer of the same shard left unfinished is removed. Two writers at once, which a cluster may start
     when it takes a slow worker for a dead one, write the same bytes; the one that comes second finds them written.
     """
+    if not isinstance(path, Path):
+        path.write_bytes(content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -85,10 +99,11 @@ def write_shard(path: Path, content: bytes) -> None:
         raise
 
 
-def remove_shard(path: Path) -> None:
+def remove_shard(path: Place) -> None:
     """Remove a shard and what was left of writing it, if there is any."""
     path.unlink(missing_ok=True)
-    _remove_unfinished(path)
+    if isinstance(path, Path):
+        _remove_unfinished(path)
 
 
 def _remove_unfinished(path: Path) -> None:

@@ -18,8 +18,10 @@ import pandas as pd
 import zarr
 from zarr.codecs import ZstdCodec
 
+from ingest import remote_tables
 from ingest.errors import StoreError
 from ingest.grid import Grid
+from ingest.places import Place, as_place, zarr_store
 from ingest.scan import ScanRow
 from ingest.shard import LZ4_ACCELERATION
 
@@ -37,7 +39,7 @@ class VolumeStore:
     Attributes
     ----------
     path
-        Folder of the store.
+        Where the store is.
     attrs
         Its attributes: format, grid, intensity rule, ``simulated``, settings, versions, ``store_id``.
     grid
@@ -52,7 +54,7 @@ class VolumeStore:
         Attributes of each phenotype: field, instance, coding, units, task, labels.
     """
 
-    path: Path
+    path: Place
     attrs: dict[str, Any]
     grid: Grid
     slab: int
@@ -84,24 +86,37 @@ def package_versions(*names: str) -> dict[str, str]:
 
 
 def create_store(
-    path: Path, rows: Sequence[ScanRow], grid: Grid, *, slab: int = DEFAULT_SLAB, attrs: Mapping[str, Any] | None = None
+    path: Place,
+    rows: Sequence[ScanRow],
+    grid: Grid,
+    *,
+    slab: int = DEFAULT_SLAB,
+    attrs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Create a store without shards; it appears by one rename when its tables and attributes are there.
+    """Create a store without shards; it appears at once when its tables and attributes are there.
 
     Parameters
     ----------
     path
-        A folder that does not exist yet.
+        A place where nothing is yet.
     rows
         One per scan, ``pending`` or settled.
     attrs
         More attributes (intensity, settings, ...).
     """
-    depth, height, width = grid.shape_zyx
+    if not isinstance(path, Path):
+        remote_tables.put_new_store(path, lambda folder: _make_store(folder, rows, grid, slab, attrs or {}))
+        return
     staged = _staged(path)
     shutil.rmtree(staged, ignore_errors=True)
+    _make_store(staged, rows, grid, slab, attrs or {})
+    staged.rename(path)
+
+
+def _make_store(folder: Path, rows: Sequence[ScanRow], grid: Grid, slab: int, attrs: Mapping[str, Any]) -> None:
+    depth, height, width = grid.shape_zyx
     with quiet_zarr():
-        root = zarr.open_group(staged, mode="w-", zarr_format=3)
+        root = zarr.open_group(folder, mode="w-", zarr_format=3)
         root.create_array(
             "volumes",
             shape=(len(rows), depth, height, width),
@@ -123,14 +138,13 @@ def create_store(
             "grid": grid.to_json(),
             "simulated": False,
             "created_by": package_versions("zarr", "numcodecs", "nibabel", "numpy"),
-            **(attrs or {}),
+            **attrs,
         }
     )
     _write_rows(root.create_group("scans"), rows)
-    staged.rename(path)
 
 
-def grow_store(path: Path, scans: int) -> None:
+def grow_store(path: Place, scans: int) -> None:
     """Give the ``volumes`` array of a store more rows; the shards that it has stay as they are."""
     file = path / "volumes" / "zarr.json"
     meta = json.loads(file.read_text())
@@ -138,8 +152,21 @@ def grow_store(path: Path, scans: int) -> None:
     _replace_file(file, json.dumps(meta, indent=2))
 
 
-def recover_store(path: Path) -> None:
+def remove_store(path: Place) -> None:
+    """Remove a store; killed in between, it is still there, or gone. Only for whoever holds the lock."""
+    if not isinstance(path, Path):
+        remote_tables.remove_store(path)
+    elif path.exists():
+        path.rename(_removed(path))
+        shutil.rmtree(_removed(path))
+
+
+def recover_store(path: Place) -> None:
     """Finish or undo what a killed run was doing to the tables. Only for whoever holds the lock."""
+    if not isinstance(path, Path):
+        remote_tables.finish(path)
+        return
+    shutil.rmtree(_removed(path), ignore_errors=True)
     staged, old = _staged(path), _old(path)
     for name in ("scans", "phenotypes"):
         if (old / name).is_dir() and not (path / name).is_dir():
@@ -157,8 +184,15 @@ def _old(path: Path) -> Path:
     return path.with_name(path.name + ".old")
 
 
-def _replace_group(path: Path, name: str, write: Callable[[zarr.Group], None]) -> None:
+def _removed(path: Path) -> Path:
+    return path.with_name(path.name + ".removed")
+
+
+def _replace_group(path: Place, name: str, write: Callable[[zarr.Group], None]) -> None:
     """Write a group of columns beside the store, then exchange it for the one that is there."""
+    if not isinstance(path, Path):
+        remote_tables.replace_group(path, name, lambda folder: write(zarr.open_group(folder, mode="w-", zarr_format=3)))
+        return
     staged, old = _staged(path), _old(path)
     shutil.rmtree(staged, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -171,7 +205,10 @@ def _replace_group(path: Path, name: str, write: Callable[[zarr.Group], None]) -
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _replace_file(path: Path, text: str) -> None:
+def _replace_file(path: Place, text: str) -> None:
+    if not isinstance(path, Path):
+        path.write_text(text)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
@@ -201,7 +238,7 @@ def write_column(group: zarr.Group, name: str, values: Any, attrs: Mapping[str, 
         column.attrs.update(attrs)
 
 
-def write_scans(path: Path, rows: Sequence[ScanRow]) -> None:
+def write_scans(path: Place, rows: Sequence[ScanRow]) -> None:
     """Replace the ``scans/`` columns; a reader finds the old ones or the new ones."""
     _replace_group(path, "scans", lambda group: _write_rows(group, rows))
 
@@ -220,7 +257,7 @@ def rows_of(scans: pd.DataFrame) -> list[ScanRow]:
     return [ScanRow(*values) for values in zip(*columns, strict=True)]
 
 
-def write_phenotypes(path: Path, table: pd.DataFrame, variables: Mapping[str, Mapping[str, Any]]) -> None:
+def write_phenotypes(path: Place, table: pd.DataFrame, variables: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the ``phenotypes/`` columns and their attributes; `table` has one row per scan."""
 
     def write(group: zarr.Group) -> None:
@@ -230,7 +267,7 @@ def write_phenotypes(path: Path, table: pd.DataFrame, variables: Mapping[str, Ma
     _replace_group(path, "phenotypes", write)
 
 
-def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
+def set_attributes(path: Place, attrs: Mapping[str, Any]) -> None:
     """Add attributes to a store, at once or not at all."""
     file = path / "zarr.json"
     meta = json.loads(file.read_text())
@@ -251,7 +288,7 @@ def read_columns(root: zarr.Group, name: str) -> tuple[pd.DataFrame, dict[str, d
     return pd.DataFrame(columns), attrs
 
 
-def check_format(attrs: Mapping[str, Any], path: Path, *, name: str, known: int) -> None:
+def check_format(attrs: Mapping[str, Any], path: Place, *, name: str, known: int) -> None:
     """Refuse what this version of the package cannot read.
 
     Raises
@@ -268,7 +305,7 @@ def check_format(attrs: Mapping[str, Any], path: Path, *, name: str, known: int)
         )
 
 
-def open_store(path: str | Path) -> VolumeStore:
+def open_store(path: str | Place) -> VolumeStore:
     """Open a store and read its tables (not its voxels).
 
     Raises
@@ -276,21 +313,31 @@ def open_store(path: str | Path) -> VolumeStore:
     FileNotFoundError
         If there is no Zarr group.
     StoreError
-        If it is something else, of an unknown version, or unfinished.
+        If it is something else, of an unknown version, unfinished, or being changed at this moment.
+    ObjectStoreError
+        If the object store cannot be used.
     """
-    path = Path(path)
+    path = as_place(path)
     if not (path / "zarr.json").is_file():
         raise FileNotFoundError(f"no store at {path}; make one with: ingest SRC {path}")
     with quiet_zarr():
-        root = zarr.open_group(path, mode="r", zarr_format=3)
+        root = zarr.open_group(zarr_store(path), mode="r", zarr_format=3)
         attrs = json.loads(json.dumps(dict(root.attrs)))
         check_format(attrs, path, name=FORMAT, known=FORMAT_VERSION)
         if "scans/status" not in root:
             raise StoreError(f"{path} is unfinished: its scans/status column is absent; run ingest on it again")
         volumes = root["volumes"]
         assert isinstance(volumes, zarr.Array)
-        scans, _ = read_columns(root, "scans")
-        phenotypes, variables = read_columns(root, "phenotypes")
+        try:
+            scans, _ = read_columns(root, "scans")
+            phenotypes, variables = read_columns(root, "phenotypes")
+        except ValueError as error:
+            if "must be of the same length" not in str(error):
+                raise
+            raise StoreError(
+                f"the columns of {path} differ in length: another process is writing them, or was killed at it; wait "
+                "for it, or run the same ingest again"
+            ) from None
     return VolumeStore(
         path=path,
         attrs=attrs,

@@ -34,6 +34,8 @@ from ingest.grid import Grid
 from ingest.intensity import IntensityRule
 from ingest.layouts import Layout, find_scans
 from ingest.lock import store_lock
+from ingest.names import rank_of
+from ingest.places import Place, as_place
 from ingest.scan import EXPECTED_ABSENCES, ScanRow, ScanSource
 from ingest.shard import remove_shard, shard_path
 from ingest.store import recover_store, set_attributes, write_scans
@@ -91,7 +93,7 @@ class VerifyReport:
 class _Sources:
     """Where the scans of a store are, and how they became volumes."""
 
-    folder: Path
+    folder: Place
     by_name: dict[str, ScanSource]
     grid: Grid
     rule: IntensityRule
@@ -106,9 +108,9 @@ class _Buffers(threading.local):
 
 
 def verify(
-    store: Path,
+    store: str | Place,
     *,
-    against: Path | None = None,
+    against: str | Place | None = None,
     sample: int = 20,
     repair: bool = False,
     threads: int | None = None,
@@ -146,6 +148,7 @@ def verify(
         sources.
     """
     started = time.perf_counter()
+    store, against = as_place(store), None if against is None else as_place(against)
     if not (store / "zarr.json").is_file():
         raise FileNotFoundError(f"no store at {store}; make one with: ingest SRC {store}")
     if repair and against is None:
@@ -184,7 +187,7 @@ def verify(
 
 
 @contextlib.contextmanager
-def _only_writer(store: Path) -> Iterator[None]:
+def _only_writer(store: Place) -> Iterator[None]:
     try:
         with store_lock(store):
             recover_store(store)
@@ -195,10 +198,12 @@ def _only_writer(store: Path) -> Iterator[None]:
         raise StoreError(f"{store} cannot be repaired, for it cannot be written: {error.strerror}") from error
 
 
-def _find_sources(tables: StoreTables, folder: Path, sample: int, ok: list[int]) -> _Sources:
+def _find_sources(tables: StoreTables, folder: Place, sample: int, ok: list[int]) -> _Sources:
     try:
         settings, intensity = tables.attrs["settings"], tables.attrs["intensity"]
         layout, image = Layout(settings["layout"]), settings["image"]
+        modality = next((row.modality for row in tables.rows if row.modality), None)
+        rank = rank_of(layout, modality) if modality and image is None else None
         rule = IntensityRule(percentile=intensity["percentile"], top_level=intensity["top_level"])
         grid = Grid.from_json(tables.attrs["grid"])
     except UNREADABLE as error:
@@ -206,7 +211,7 @@ def _find_sources(tables: StoreTables, folder: Path, sample: int, ok: list[int])
             f"{tables.path} does not say how it was made ({error_text(error)}), so it cannot be compared; "
             "check it without --against"
         ) from error
-    _, scans = find_scans(folder, layout, image)
+    _, scans = find_scans(folder, layout, image, rank)
     by_name = {scan.name: scan for scan in scans}
     if not any(row.source in by_name for row in tables.rows):
         example = f", such as {tables.rows[0].source}" if tables.rows else ""
@@ -237,7 +242,7 @@ def _compare(
     """Make a scan again beside the store and compare; the shard of the store is known to be sound."""
     row = tables.rows[number]
     source = sources.by_name.get(row.source)
-    if source is None or not os.path.exists(source.path):
+    if source is None or not as_place(source.path).exists():
         return [tables.finding(number, "source_missing", f"it is no longer in {sources.folder}")]
     again = convert_scan(source, number, scratch, sources.grid, sources.rule, tables.slab).row
     difference = ""

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ingest.errors import TableError
-from ingest.journal import journal_path, read_journal
+from ingest.errors import StoreError, TableError
+from ingest.journal import read_journal, remove_journal
 from ingest.lock import store_lock
 from ingest.phenotypes import ID_COLUMNS, participant_key
+from ingest.places import Place, as_place
 from ingest.scan import ScanRow
 from ingest.shard import remove_shard, shard_path
 from ingest.store import (
@@ -31,6 +32,9 @@ from ingest.store import (
     write_scans,
 )
 
+#: What every page that this package writes begins with.
+_REPORT_MARK = b'<meta name="generator" content="brain-volumes'
+
 #: What is left of a scan: its row, so that all others keep their numbers. No identity, no numbers.
 TOMBSTONE = ScanRow(participant="", session="", modality="", source="", status="withdrawn")
 
@@ -42,11 +46,11 @@ class Removal:
     Attributes
     ----------
     kind
-        ``volumes`` or ``embeddings``.
+        ``volumes``, ``embeddings`` or ``report``.
     people, scans
-        How many people of the list were in it, and how many scans of theirs.
+        How many people of the list were in it, and how many scans of theirs; of a report nobody knows.
     bytes_deleted
-        Of voxels.
+        Of voxels, or of the page.
     """
 
     store: str
@@ -98,12 +102,13 @@ def read_withdrawals(path: Path) -> frozenset[str]:
     return frozenset(ids)
 
 
-def withdraw(list_file: Path, stores: Sequence[Path]) -> AuditRecord:
+def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
     """Remove people from stores.
 
     In a store of volumes their shards, answers and identity go; rows stay as tombstones. In embeddings their rows go.
-    It may be killed at any moment and called again: voxels go first and the names last, so nothing of a person can be
-    left behind that a second call would not find.
+    Report pages (.html), which show brains, are removed whole, after everything else. It may be killed at any moment
+    and called again: voxels go first and the names last, so nothing of a person can be left behind that a second call
+    would not find.
 
     Raises
     ------
@@ -113,11 +118,14 @@ def withdraw(list_file: Path, stores: Sequence[Path]) -> AuditRecord:
         If a store is none, or another process writes to it. All are looked at before the first is touched.
     """
     people = read_withdrawals(list_file)
-    kinds = [_kind(store) for store in stores]
-    removals = [
-        _from_volumes(store, people) if kind == "volumes" else _from_embeddings(store, people)
-        for store, kind in zip(stores, kinds, strict=True)
-    ]
+    kinds = [(_kind(as_place(store)), as_place(store)) for store in stores]
+    kinds.sort(key=lambda pair: pair[0] == "report")  # one that is being made looks at its store when it is written
+    removals = []
+    for kind, store in kinds:
+        if kind == "volumes":
+            removals.append(_from_volumes(store, people))
+        elif isinstance(store, Path):
+            removals.append(_from_embeddings(store, people) if kind == "embeddings" else _remove_report(store))
     return AuditRecord(
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         list_name=list_file.name,
@@ -127,20 +135,26 @@ def withdraw(list_file: Path, stores: Sequence[Path]) -> AuditRecord:
     )
 
 
-def _kind(store: Path) -> str:
+def _kind(store: Place) -> str:
     if not store.exists():
         raise FileNotFoundError(f"no store at {store}")
+    if isinstance(store, Path) and store.suffix == ".html":
+        if _REPORT_MARK not in store.read_bytes():
+            raise StoreError(f"{store} is no report of this package, so it is not touched; remove it yourself")
+        return "report"
     meta = store / "zarr.json"
     if meta.is_file() and json.loads(meta.read_text()).get("attributes", {}).get("format") == FORMAT:
         check_format(json.loads(meta.read_text())["attributes"], store, name=FORMAT, known=FORMAT_VERSION)
         return "volumes"
+    if not isinstance(store, Path):
+        raise StoreError(f"{store} holds no volumes; withdraw people from embeddings and reports on a local disk")
     from extract.embeddings import open_embeddings  # the one place where ingest looks ahead: people must go everywhere
 
     open_embeddings(store)
     return "embeddings"
 
 
-def _from_volumes(store: Path, people: frozenset[str]) -> Removal:
+def _from_volumes(store: Place, people: frozenset[str]) -> Removal:
     with store_lock(store):
         recover_store(store)
         opened = open_store(store)
@@ -161,15 +175,21 @@ def _from_volumes(store: Path, people: frozenset[str]) -> Removal:
             for number in theirs:
                 rows[number] = replace(TOMBSTONE)
             write_scans(store, rows)  # the names, last
-        journal_path(store).unlink(missing_ok=True)
+        remove_journal(store)
     return Removal(store.name, "volumes", len(found), len(theirs), deleted)
 
 
-def _remove_voxels(store: Path, number: int) -> int:
+def _remove_voxels(store: Place, number: int) -> int:
     path = shard_path(store, number)
-    size = path.stat().st_size if path.is_file() else 0
+    size = path.size() or 0 if not isinstance(path, Path) else path.stat().st_size if path.is_file() else 0
     remove_shard(path)
     return size
+
+
+def _remove_report(page: Path) -> Removal:
+    size = page.stat().st_size
+    page.unlink()
+    return Removal(page.name, "report", 0, 0, size)
 
 
 def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from ingest.places import Place
 from ingest.store import VolumeStore
 from loaders.order import epoch_order, split_batches
 from loaders.pool import BatchPool
@@ -130,7 +130,7 @@ class Loader:
 
 
 def open_loader(
-    store: str | Path | VolumeStore,
+    store: str | Place | VolumeStore,
     *,
     rows: Sequence[int] | np.ndarray | None = None,
     batch_size: int = 16,

@@ -14,6 +14,7 @@ import numpy as np
 
 from ingest.decode import decode_shard
 from ingest.errors import StoreError
+from ingest.places import Place
 from ingest.shard import shard_path
 from ingest.store import VolumeStore, open_store
 
@@ -41,7 +42,7 @@ class VolumeReader:
         If the store is of another format, or its shards are laid out otherwise than version 1 says.
     """
 
-    def __init__(self, store: str | Path | VolumeStore, *, threads: int | None = None) -> None:
+    def __init__(self, store: str | Place | VolumeStore, *, threads: int | None = None) -> None:
         self.store = store if isinstance(store, VolumeStore) else open_store(store)
         _check_layout(self.store)
         self.threads = threads or min(8, len(os.sched_getaffinity(0)))
@@ -105,7 +106,8 @@ class VolumeReader:
 
     def _decode(self, row: int, out: np.ndarray) -> None:
         try:
-            content = self._read_file(shard_path(self.store.path, row))
+            path = shard_path(self.store.path, row)
+            content = self._read_file(path) if isinstance(path, Path) else np.frombuffer(path.read_bytes(), np.uint8)
             decode_shard(content, self.store.slab, out)
         except (OSError, ValueError) as error:
             source = self.store.scans["source"][row]
