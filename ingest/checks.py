@@ -19,7 +19,7 @@ from ingest.journal import journal_path
 from ingest.places import Place, files_below, zarr_store
 from ingest.scan import STATUSES, ScanRow
 from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
-from ingest.store import FORMAT, FORMAT_VERSION, quiet_zarr
+from ingest.store import FORMAT, FORMAT_VERSION, leftovers, quiet_zarr
 
 #: What JSON, zarr and its codecs raise over files that are not what was written.
 UNREADABLE = (
@@ -197,10 +197,8 @@ def check_files(tables: StoreTables) -> list[Finding]:
             findings.append(Finding("leftover", f"{file} was left by a writer that was stopped", file=file))
         elif file.startswith("volumes/c/"):
             findings += _check_place(tables, file)
-    for suffix in (".staged", ".old", ".removed"):
-        beside = tables.path.with_name(tables.path.name + suffix)
-        if beside.exists():
-            findings.append(Finding("leftover", f"{beside} was left by a writer that was stopped"))
+    for beside in leftovers(tables.path):
+        findings.append(Finding("leftover", f"{beside} was left by a writer that was stopped"))
     return findings
 
 

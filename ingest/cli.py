@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ingest.dictionary import VARIABLES, Variable
 from ingest.errors import MemoryBudgetError, ObjectStoreError, SourceError, StoreError, TableError
 from ingest.inspection import StoreSummary, summarise_store
 from ingest.layouts import Layout
@@ -252,6 +254,15 @@ def report_command(
         raise typer.Exit(1)
 
 
+@app.command("dictionary")
+def dictionary_command(as_json: AsJson = False) -> None:
+    """Print the phenotypes that are known: field, title, task, units, codes, source."""
+    if as_json:
+        print(json.dumps({"variables": [variable.to_json() for variable in VARIABLES]}))
+    else:
+        _print_dictionary(VARIABLES)
+
+
 @app.command("simulate")
 def simulate_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
@@ -345,6 +356,22 @@ def _print_store(summary: StoreSummary, store: str) -> None:
     for name, counts in summary.phenotypes.items():
         table.add_row(f"phenotype {escape(name)}", f"{counts['missing']} missing")
     console.print(table, highlight=False)
+
+
+def _print_dictionary(variables: Sequence[Variable]) -> None:
+    table = Table("variable", "field, source, units", "task", "codes", padding=(0, 2, 1, 0), box=None)
+    for variable in variables:
+        visits = ", ".join(map(str, variable.instances))
+        lines = [f"{variable.ukb_field} {variable.title}", f"{variable.source}; instances {visits}"]
+        codes = [f"{code} {label}" for code, label in (variable.labels | variable.missing).items()]
+        table.add_row(
+            variable.name + ("\n(confound)" if variable.confound else ""),
+            "\n".join([*lines, f"unit: {variable.units}"] if variable.units else lines),
+            variable.task,
+            "\n".join([*codes, f"(data-coding {variable.coding})"]) if variable.coding else "",
+        )
+    console.print(table, width=min(console.width, 100), highlight=False, markup=False)
+    console.print("Codes below 0 are missing. Instances 2 and 3 are the imaging visits.", highlight=False)
 
 
 def _print_verify(report: VerifyReport, store: str) -> None:

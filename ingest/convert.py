@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
+from math import nan
 
 from ingest.archive import ScanContent, read_scan
 from ingest.conform import conform
@@ -32,7 +33,7 @@ class ConvertedScan:
 
 def pending_row(source: ScanSource) -> ScanRow:
     """Return the row of a scan that was found but not read yet."""
-    size, mtime = source.size, source.mtime
+    size, mtime = source.size, nan if source.mtime is None else source.mtime
     if size is None:
         try:
             stat = os.stat(source.path)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from ingest.errors import ObjectStoreError, StoreError
-from ingest.places import ObjectPath, client
+from ingest.places import ObjectPath, clear_errors, client
 
 #: Seconds between two signs of life, and without any until a lock counts as abandoned.
 HEARTBEAT_S = 4.0
@@ -115,7 +115,8 @@ class _Lease:
         body = {"token": self.token, "beats": self.beats, **_myself()}
         started = time.monotonic()
         try:
-            result = obstore.put(client(self.path), self.path.key, json.dumps(body).encode(), mode=mode)
+            with clear_errors(self.path):
+                result = obstore.put(client(self.path), self.path.key, json.dumps(body).encode(), mode=mode)
             self.etag = str(result["e_tag"])
         except (AlreadyExistsError, PreconditionError):
             # The answer to a first try may have got lost: then the object is this process's own.
@@ -123,19 +124,16 @@ class _Lease:
             if etag is None or (holder.get("token"), holder.get("beats")) != (self.token, self.beats):
                 raise
             self.etag = etag
-        except BaseError as error:
-            raise ObjectStoreError(f"{self.path} cannot be written: {str(error).partition(chr(10))[0]}") from error
         self.alive_at = started
 
     def _look(self) -> tuple[str | None, dict[str, Any]]:
         """Return the etag of the lock object, None if there is none, and what it says."""
         try:
-            result = obstore.get(client(self.path), self.path.key)
-            content = bytes(result.bytes())
+            with clear_errors(self.path):
+                result = obstore.get(client(self.path), self.path.key)
+                content = bytes(result.bytes())
         except FileNotFoundError:
             return None, {}
-        except BaseError as error:
-            raise ObjectStoreError(f"{self.path} cannot be read: {str(error).partition(chr(10))[0]}") from error
         try:
             holder = json.loads(content)
         except ValueError:

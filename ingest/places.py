@@ -98,7 +98,7 @@ class ObjectPath:
         import obstore
 
         try:
-            with _clear_errors(self):
+            with clear_errors(self):
                 return int(obstore.head(_client(self.bucket), self.key)["size"]) if self.key else None
         except FileNotFoundError:
             return None
@@ -115,7 +115,7 @@ class ObjectPath:
         """
         import obstore
 
-        with _clear_errors(self):
+        with clear_errors(self):
             return bytes(obstore.get(_client(self.bucket), self.key).bytes())
 
     def read_pieces(self, size: int) -> bytes:
@@ -123,7 +123,7 @@ class ObjectPath:
         import obstore
 
         content = bytearray()
-        with _clear_errors(self):
+        with clear_errors(self):
             while len(content) < size:
                 end = min(size, len(content) + _PIECE)
                 content += obstore.get_range(_client(self.bucket), self.key, start=len(content), end=end)
@@ -137,7 +137,7 @@ class ObjectPath:
         """Write the object, at once or not at all."""
         import obstore
 
-        with _clear_errors(self):
+        with clear_errors(self):
             obstore.put(_client(self.bucket), self.key, content, use_multipart=False)
 
     def write_text(self, text: str) -> None:
@@ -154,7 +154,7 @@ class ObjectPath:
         import obstore
 
         if places:
-            with _clear_errors(places[0]):
+            with clear_errors(places[0]):
                 obstore.delete(_client(places[0].bucket), [place.key for place in places])
 
     def below(self) -> Iterator[tuple[ObjectPath, int, float]]:
@@ -168,7 +168,7 @@ class ObjectPath:
         last, attempt = None, 0
         while True:
             try:
-                with _clear_errors(self):
+                with clear_errors(self):
                     for page in obstore.list(_client(self.bucket), prefix or None, offset=last):
                         for entry in page:
                             last, attempt = entry["path"], 0
@@ -253,8 +253,14 @@ def _client(bucket: str, prefix: str | None = None) -> S3Store:
     return S3Store(bucket, prefix=prefix, client_options=options, retry_config=_RETRY)  # type: ignore[arg-type]
 
 
+def error_line(error: BaseException) -> str:
+    """Return what obstore says about an error, in one line and without its debugging text."""
+    return " ".join(str(error).partition("\n\nDebug source:")[0].split())
+
+
 @contextlib.contextmanager
-def _clear_errors(place: ObjectPath) -> Iterator[None]:
+def clear_errors(place: ObjectPath) -> Iterator[None]:
+    """Turn obstore's errors into ObjectStoreError and FileNotFoundError, which say what to do; conflicts pass."""
     from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
     try:
@@ -263,10 +269,12 @@ def _clear_errors(place: ObjectPath) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         if "NoSuchBucket" in str(error):
-            raise ObjectStoreError(f"there is no bucket {place.bucket}; make it first, or mend the address") from None
+            raise _no_bucket(place) from None
         raise FileNotFoundError(f"there is no {place}") from None
     except BaseError as error:
-        text = str(error).partition("\n\nDebug source:")[0]
+        text = error_line(error)
+        if "NoSuchBucket" in text:
+            raise _no_bucket(place) from None
         if "403" in text or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
             raise ObjectStoreError(
                 f"{place} may not be used: access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what "
@@ -280,3 +288,7 @@ def _clear_errors(place: ObjectPath) -> Iterator[None]:
         if "builder error" in text:
             text += " (an endpoint without TLS needs AWS_ALLOW_HTTP=true)"
         raise ObjectStoreError(f"{place} cannot be reached: {text}; check AWS_ENDPOINT_URL and the network") from error
+
+
+def _no_bucket(place: ObjectPath) -> ObjectStoreError:
+    return ObjectStoreError(f"there is no bucket {place.bucket}; make it first, or mend the address")

@@ -21,7 +21,7 @@ _PUTS_AT_ONCE = 8
 
 
 def put_new_store(store: ObjectPath, make: Callable[[Path], None]) -> None:
-    """Make a store in a folder and put it; it appears with its ``zarr.json``, the last object.
+    """Make a store in a folder and put it.
 
     Parameters
     ----------
@@ -31,10 +31,7 @@ def put_new_store(store: ObjectPath, make: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "store"
         make(folder)
-        files = _files(folder)
-    root = files.pop("zarr.json")
-    _put(store, files)
-    (store / "zarr.json").write_bytes(root)
+        _put_at_once(store, _files(folder))
 
 
 def replace_group(store: ObjectPath, name: str, make: Callable[[Path], None]) -> None:
@@ -47,18 +44,12 @@ def replace_group(store: ObjectPath, name: str, make: Callable[[Path], None]) ->
     """
     with tempfile.TemporaryDirectory() as scratch:
         make(Path(scratch) / name)
-        files = _files(Path(scratch))
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for file, content in files.items():
-            archive.writestr(file, content)
-    _staged(store).write_bytes(packed.getvalue())
-    _exchange(store, files)
+        _put_at_once(store, _files(Path(scratch)))
 
 
 def finish(store: ObjectPath) -> None:
     """Finish what a killed run was doing to the tables. Only for whoever holds the lock."""
-    with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(io.BytesIO(_staged(store).read_bytes())) as archive:
+    with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(io.BytesIO(staged(store).read_bytes())) as archive:
         _exchange(store, {name: archive.read(name) for name in archive.namelist()})
 
 
@@ -66,21 +57,31 @@ def remove_store(store: ObjectPath) -> None:
     """Remove a store with all that lies beside it; killed in between, it still is a store and can be removed again."""
     places = [place for place, _, _ in store.below() if place != store / "zarr.json"]
     store.remove(places)
-    store.remove([store / "zarr.json", _staged(store)])
+    store.remove([store / "zarr.json", staged(store)])
+
+
+def _put_at_once(store: ObjectPath, files: Mapping[str, bytes]) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    staged(store).write_bytes(packed.getvalue())
+    _exchange(store, files)
 
 
 def _exchange(store: ObjectPath, files: Mapping[str, bytes]) -> None:
-    """Put the files of a group, ``status`` last, remove what the group had beside them, and then the staged object."""
-    last = {name: content for name, content in files.items() if name.startswith("scans/status/")}
+    """Put files, those last that tell a reader that all is there; remove what their groups had beside them."""
+    last = {name: files[name] for name in files if name.startswith("scans/status/") or name == "zarr.json"}
     _put(store, {name: content for name, content in files.items() if name not in last})
     _put(store, last)
-    for group in {name.partition("/")[0] for name in files}:
+    for group in {name.partition("/")[0] for name in files} & {"scans", "phenotypes"}:
         there = [place for place, _, _ in (store / group).below()]
         store.remove([place for place in there if str(place.relative_to(store)) not in files])
-    _staged(store).unlink()
+    staged(store).unlink()
 
 
-def _staged(store: ObjectPath) -> ObjectPath:
+def staged(store: ObjectPath) -> ObjectPath:
+    """Return where files lie that are about to be put."""
     return store.with_name(store.name + ".staged")
 
 

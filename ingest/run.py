@@ -112,10 +112,9 @@ def ingest(
     settings = settings or IngestSettings()
     started = time.perf_counter()
     source, out = as_place(source), as_place(out)
-    with _clear_write_errors(out):
-        _check_is_store(out)
     with _clear_write_errors(out), store_lock(out) as check_lock:
         recover_store(out)
+        _check_is_store(out)
         if overwrite:
             remove_store(out)
             remove_journal(out)
@@ -202,7 +201,8 @@ def _while_reachable(
         elif len(held) == _GONE_AFTER:
             raise StoreError(
                 f"{source} is gone: {len(held)} scans one after the other could not be fetched "
-                f"({converted.row.error}); nothing that is done is lost: run the same command again"
+                f"({converted.row.error}); nothing that is done is lost: run the same command again, "
+                "with --retry-failed"
             )
     yield from held
 

@@ -49,7 +49,7 @@ class ScanSource:
     modality: str
     member: str | None = None
     size: int | None = None
-    mtime: float = nan
+    mtime: float | None = None
 
 
 @dataclass(frozen=True)

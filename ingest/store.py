@@ -177,15 +177,22 @@ def recover_store(path: Place) -> None:
 
 
 def _staged(path: Path) -> Path:
-    return path.with_name(path.name + ".staged")
+    return path.with_name(f".{path.name}.staged")
 
 
 def _old(path: Path) -> Path:
-    return path.with_name(path.name + ".old")
+    return path.with_name(f".{path.name}.old")
 
 
 def _removed(path: Path) -> Path:
-    return path.with_name(path.name + ".removed")
+    return path.with_name(f".{path.name}.removed")
+
+
+def leftovers(path: Place) -> list[Place]:
+    """Return what a writer that was killed has left beside a store. Hidden, for users keep a ``t1.zarr.old``."""
+    if isinstance(path, Path):
+        return [place for place in (_staged(path), _old(path), _removed(path)) if place.exists()]
+    return [place for place in (remote_tables.staged(path),) if place.exists()]
 
 
 def _replace_group(path: Place, name: str, write: Callable[[zarr.Group], None]) -> None:

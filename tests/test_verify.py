@@ -209,7 +209,7 @@ def to_uint16(store: Path) -> None:
         (orphan(99), [("shard_orphan", None)]),
         (lambda s: (shard(s, 0).parent / "1").write_bytes(b""), [("shard_orphan", 0)]),
         (lambda s: (shard(s, 0).parent / ".0.77.tmp").write_bytes(b""), [("leftover", None)]),
-        (lambda s: s.with_name("a.zarr.staged").mkdir(), [("leftover", None)]),
+        (lambda s: s.with_name(".a.zarr.staged").mkdir(), [("leftover", None)]),
         (lambda s: s.with_name("a.zarr.journal").touch(), [("unfinished", None)]),
         (assign("scans/status", ABSENT, "pending"), [("unfinished", None)]),
         (assign("scans/status", ABSENT, "fine"), [("status_unknown", ABSENT)]),
