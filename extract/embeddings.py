@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import json
+import os
 import shutil
 import uuid
 from dataclasses import dataclass, field
@@ -90,13 +93,35 @@ def write_embeddings(path: str | Path, embeddings: Embeddings) -> None:
         else:
             _write_zarr(temporary, embeddings, attrs)
         if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            _exchange(temporary, path)  # and what was there is removed below
+        else:
+            temporary.replace(path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what a process that was killed in `write_embeddings` has left. Only for whoever holds the lock."""
+    for temporary in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{path.suffix}"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Give two folders each other's names, at once where the system can (Linux's ``renameat2``)."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+        return
+    aside = a.with_name(f"{a.name}.aside")
+    b.rename(aside)
+    a.rename(b)
+    aside.rename(a)
 
 
 def check_suffix(path: Path) -> None:

@@ -203,9 +203,10 @@ def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
 
 
 def _from_embeddings(path: Path, people: frozenset[str]) -> Removal:
-    from extract.embeddings import open_embeddings, write_embeddings
+    from extract.embeddings import open_embeddings, remove_unfinished, write_embeddings
 
     with store_lock(path):
+        remove_unfinished(path)
         embeddings = open_embeddings(path)
         ids = embeddings.scans["participant"].map(participant_key)
         theirs = ids.isin(people).to_numpy()

@@ -43,7 +43,7 @@ def die_at(step: int, what: Callable[..., None], *arguments: Path) -> int | None
 
 def withdraw_in(folder: Path) -> None:
     """Withdraw the people on the list in a folder from the stores in it."""
-    withdraw(folder / "w1234_20261124.csv", [folder / "s.zarr", folder / "e.h5"])
+    withdraw(folder / "w1234_20261124.csv", [folder / "s.zarr", folder / "e.h5", folder / "e.zarr"])
 
 
 def _dying(step: int, what: Callable[..., None], arguments: tuple[Path, ...]) -> None:

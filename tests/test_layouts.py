@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ellipsoid, write_nifti, write_ukb_zip
 
-from ingest import ingest, open_store
+from ingest import IngestSettings, ingest, open_store
 from ingest.errors import SourceError
 from ingest.layouts import Layout, find_scans
 from ingest.scan import ScanSource
@@ -65,6 +65,27 @@ def test_ukb_takes_one_image_type(ukb):
     ]
     shutil.rmtree(ukb / "T1")
     assert find_scans(ukb)[1] == flair
+
+
+def test_a_store_of_one_image_stays_one_when_others_come_later(tmp_path):
+    def brain(seed: int) -> bytes:
+        data = ellipsoid(np.diag([4.0, 4, 4, 1]), (32, 42, 32), seed=seed)
+        return write_nifti(tmp_path / "scratch.nii.gz", data.astype(np.int16), np.diag([4.0, 4, 4, 1])).read_bytes()
+
+    ukb, bids = tmp_path / "ukb", tmp_path / "bids"
+    write_ukb_zip(ukb, "9000001", {"T2_FLAIR/T2_FLAIR_brain_to_MNI.nii.gz": brain(1)}, field=20253)
+    (bids / "sub-1").mkdir(parents=True)
+    (bids / "sub-1" / "sub-1_space-MNI152_T1w.nii.gz").write_bytes(brain(1))
+    for folder in (ukb, bids):
+        ingest(folder, folder.with_suffix(".zarr"), IngestSettings(space="native"))
+    write_ukb_zip(ukb, "9000001", {"T1/T1_brain_to_MNI.nii.gz": brain(2)})
+    write_ukb_zip(ukb, "9000002", {"T2_FLAIR/T2_FLAIR_brain_to_MNI.nii.gz": brain(3)}, field=20253)
+    (bids / "sub-1" / "sub-1_T1w.nii.gz").write_bytes(brain(2))
+    (bids / "sub-2_space-MNI152_T1w.nii.gz").write_bytes(brain(3))
+    for folder, modality in ((ukb, "FLAIR"), (bids, "space-MNI152_T1w")):
+        summary = ingest(folder, folder.with_suffix(".zarr"))
+        assert (summary.new, summary.scans) == (1, 2)
+        assert set(open_store(folder.with_suffix(".zarr")).scans["modality"]) == {modality}
 
 
 @pytest.mark.parametrize("image", ["T1_fast/T1_brain_pve_1", "T1/T1_fast/T1_brain_pve_1.nii.gz"])

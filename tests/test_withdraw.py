@@ -18,6 +18,7 @@ from extract import Embeddings, open_embeddings, write_embeddings
 from ingest import IngestSettings, ingest, open_store
 from ingest.errors import StoreError, TableError
 from ingest.lock import store_lock
+from ingest.report import write_report
 from ingest.withdraw import read_withdrawals, withdraw
 from loaders import VolumeReader, open_loader
 
@@ -136,13 +137,36 @@ def test_killed_before_every_step(made, tmp_path):
         assert code in (0, DIED)
         died += code == DIED
         withdraw_in(folder)
-        assert GONE not in decoded(folder / "s.zarr") + decoded(folder / "e.h5")
+        assert GONE not in decoded(folder / "s.zarr") + decoded(folder / "e.h5") + decoded(folder / "e.zarr")
+        assert len(open_embeddings(folder / "e.zarr").features) == 5
+        assert [f.name for f in folder.iterdir() if f.name.startswith(".") or f.name.endswith(".lock")] == []
         assert not (folder / "s.zarr/volumes/c/1/0/0/0").exists()
         assert list(open_store(folder / "s.zarr").scans["status"]).count("ok") == 5
         shutil.rmtree(folder)
         if code == 0:
             break
     assert died >= 5
+
+
+def test_reports_are_removed_and_other_pages_are_not(place):
+    write_report(place / "s.zarr", place / "qc.html")
+    (place / "mine.html").write_text("<html>my own page</html>")
+    with pytest.raises(StoreError, match="no report of this package"):
+        withdraw(place / "w1234_20261124.csv", [place / "s.zarr", place / "mine.html"])
+    assert open_store(place / "s.zarr").scans["status"][1] == "ok"  # all are looked at before the first is touched
+    record = withdraw(place / "w1234_20261124.csv", [place / "qc.html", place / "s.zarr"])
+    assert [removal.kind for removal in record.removals] == ["volumes", "report"]
+    assert not (place / "qc.html").exists()
+    assert (place / "mine.html").exists()
+
+
+def test_copies_that_users_keep_beside_a_store_are_left_alone(place):
+    for suffix in (".old", ".staged", ".removed", ".journal.old"):
+        shutil.copytree(place / "s.zarr", place / f"s.zarr{suffix}")
+    before = {f: f.read_bytes() for f in place.rglob("*") if f.is_file() and "s.zarr." in str(f)}
+    ingest(place / "src", place / "s.zarr", IngestSettings(phenotypes=place / "p.csv"))
+    ingest(place / "src", place / "s.zarr", overwrite=True)
+    assert before == {f: f.read_bytes() for f in before}
 
 
 def test_everybody_withdraws(place):
