@@ -6,39 +6,40 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from dask.utils import parse_bytes
-from rich.console import Console
-from rich.filesize import decimal
 from rich.logging import RichHandler
-from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperGroup
 
-from ingest.dictionary import VARIABLES, Variable
+from ingest.dictionary import VARIABLES
 from ingest.errors import MemoryBudgetError, ObjectStoreError, SourceError, StoreError, TableError
-from ingest.inspection import StoreSummary, summarise_store
+from ingest.inspection import summarise_store
 from ingest.layouts import Layout
 from ingest.places import Place, as_place
+from ingest.printing import (
+    console,
+    errors,
+    print_dictionary,
+    print_ingest,
+    print_report,
+    print_store,
+    print_verify,
+    print_withdrawal,
+)
 from ingest.progress import progress_bar
-from ingest.report import ReportSummary, write_report
+from ingest.report import write_report
 from ingest.run import ingest
 from ingest.scan import EXPECTED_ABSENCES, ScanRow
-from ingest.settings import IngestSettings, IngestSummary, Space
+from ingest.settings import IngestSettings, Space
 from ingest.simulate import simulate_cohort
 from ingest.store import DEFAULT_SLAB
-from ingest.verify import VerifyReport, verify
+from ingest.verify import verify
 from ingest.withdraw import withdraw
 
-_SHOWN_FAILURES = 20
 _MOST_ROWS = 10_000  # a page holds the pictures of fewer
-
-console = Console()
-errors = Console(stderr=True)
 
 
 class _IngestByDefault(TyperGroup):
@@ -145,7 +146,7 @@ def run_command(
     if as_json:
         print(json.dumps(summary.to_json()))
     else:
-        _print_ingest(summary, out)
+        print_ingest(summary, out)
     if not summary.clean:
         raise typer.Exit(1)
 
@@ -160,7 +161,7 @@ def inspect_command(
     if as_json:
         print(json.dumps(summary.to_json()))
     else:
-        _print_store(summary, store)
+        print_store(summary, store)
 
 
 @app.command("withdraw")
@@ -174,21 +175,7 @@ def withdraw_command(
     if as_json:
         print(json.dumps(record.to_json()))
         return
-    console.print(
-        f"{record.date}: {record.people_on_list} people on {record.list_name} (sha256 {record.list_sha256[:16]})",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    for removal in record.removals:
-        console.print(
-            f"{removal.store}: removed {removal.people} people, {removal.scans} scans, "
-            f"{removal.bytes_deleted / 1e6:,.1f} MB of {removal.kind}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
-    console.print("Make reports that show brains again, and look for copies elsewhere.", highlight=False)
+    print_withdrawal(record)
 
 
 @app.command("verify")
@@ -219,7 +206,7 @@ def verify_command(
     if as_json:
         print(json.dumps(report.to_json()))
     else:
-        _print_verify(report, store)
+        print_verify(report, store)
     if not report.clean:
         raise typer.Exit(1)
 
@@ -249,7 +236,7 @@ def report_command(
     if as_json:
         print(json.dumps(summary.to_json()))
     else:
-        _print_report(summary)
+        print_report(summary)
     if not summary.clean:
         raise typer.Exit(1)
 
@@ -260,7 +247,7 @@ def dictionary_command(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"variables": [variable.to_json() for variable in VARIABLES]}))
     else:
-        _print_dictionary(VARIABLES)
+        print_dictionary(VARIABLES)
 
 
 @app.command("simulate")
@@ -317,101 +304,6 @@ def _parse_bytes(text: str) -> int:
     if size <= 0:
         raise typer.BadParameter(f"{text!r} is no size; expected e.g. 4GB or 512MiB", param_hint="--max-memory")
     return size
-
-
-def _print_ingest(summary: IngestSummary, out: str) -> None:
-    counts = ", ".join(f"{count} {status}" for status, count in summary.status.items())
-    done = f"{summary.new} new, {summary.changed} changed, {summary.retried} tried again"
-    if summary.new < summary.scans:
-        counts += f"; {done}"
-    console.print(
-        f"{out}: {summary.scans} scans ({counts}) in {summary.seconds:.1f} s, "
-        f"{summary.volumes_per_second:.1f} volumes/s"
-        + (f", {decimal(summary.bytes)} read" if summary.bytes else "")
-        + (", simulated data" if summary.simulated else ""),
-        soft_wrap=True,
-        highlight=False,
-    )
-    for source, status, reason in summary.failures[:_SHOWN_FAILURES]:
-        errors.print(f"{status}: {source}: {reason}", soft_wrap=True, highlight=False, markup=False)
-    if len(summary.failures) > _SHOWN_FAILURES:
-        errors.print(f"... and {len(summary.failures) - _SHOWN_FAILURES} more; see the column scans/error of {out}")
-    for warning in summary.warnings:
-        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _print_store(summary: StoreSummary, store: str) -> None:
-    depth, height, width = summary.grid["shape_zyx"]
-    console.print(str(store), soft_wrap=True, highlight=False, markup=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("grid", f"{width} x {height} x {depth} voxels (x, y, z) of {summary.grid['voxel_mm']:g} mm, RAS")
-    table.add_row("space", summary.grid["space"])
-    table.add_row("scans", f"{summary.scans} of {summary.participants} participants")
-    for status, count in summary.status.items():
-        table.add_row(f"  {status}", str(count))
-    ratio = "" if summary.ratio != summary.ratio else f", compressed {summary.ratio:.2f} times"
-    table.add_row("stored", f"{summary.stored_bytes / 1e6:,.1f} MB{ratio}")
-    table.add_row("slabs", f"{summary.slab} planes, LZ4")
-    table.add_row("simulated", "yes" if summary.simulated else "no")
-    for name, counts in summary.phenotypes.items():
-        table.add_row(f"phenotype {escape(name)}", f"{counts['missing']} missing")
-    console.print(table, highlight=False)
-
-
-def _print_dictionary(variables: Sequence[Variable]) -> None:
-    table = Table("variable", "field, source, units", "task", "codes", padding=(0, 2, 1, 0), box=None)
-    for variable in variables:
-        visits = ", ".join(map(str, variable.instances))
-        lines = [f"{variable.ukb_field} {variable.title}", f"{variable.source}; instances {visits}"]
-        codes = [f"{code} {label}" for code, label in (variable.labels | variable.missing).items()]
-        table.add_row(
-            variable.name + ("\n(confound)" if variable.confound else ""),
-            "\n".join([*lines, f"unit: {variable.units}"] if variable.units else lines),
-            variable.task,
-            "\n".join([*codes, f"(data-coding {variable.coding})"]) if variable.coding else "",
-        )
-    console.print(table, width=min(console.width, 100), highlight=False, markup=False)
-    console.print("Codes below 0 are missing. Instances 2 and 3 are the imaging visits.", highlight=False)
-
-
-def _print_verify(report: VerifyReport, store: str) -> None:
-    compared = f", {report.compared} compared with their source" if report.compared else ""
-    repaired = f", {report.repaired} repaired" if report.repaired else ""
-    console.print(
-        f"{store}: {report.scans} scans, {report.checked} volumes checked{compared} in {report.seconds:.1f} s "
-        f"({report.bytes / 1e9 / max(report.seconds, 1e-3):.2f} GB/s); {len(report.findings)} findings{repaired}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    if not report.findings:
-        return
-    table = Table("row", "participant", "session", "finding", "detail", "source", box=None, padding=(0, 2, 0, 0))
-    for finding in report.findings[:_SHOWN_FAILURES]:
-        row = "" if finding.row is None else str(finding.row)
-        cells = (row, finding.participant, finding.session, finding.kind, finding.detail, finding.source)
-        table.add_row(*(escape(cell) for cell in cells))
-    console.print(table, highlight=False)
-    if len(report.findings) > _SHOWN_FAILURES:
-        console.print(f"... and {len(report.findings) - _SHOWN_FAILURES} more; --json lists all", highlight=False)
-
-
-def _print_report(summary: ReportSummary) -> None:
-    console.print(
-        f"{summary.report}: {summary.scans} scans, {summary.outlier_scans} outliers, {summary.pictures} pictures, "
-        f"{summary.bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    for outlier in summary.outliers:
-        console.print(f"  {outlier.source}: {outlier.why}", soft_wrap=True, highlight=False, markup=False)
-    if summary.outlier_scans > len(summary.outliers):
-        console.print(f"  ... and {summary.outlier_scans - len(summary.outliers)} more in the page", highlight=False)
-    for row, source, reason in summary.reasons[:_SHOWN_FAILURES]:
-        errors.print(f"damaged: row {row}, {source}: {reason}", soft_wrap=True, highlight=False, markup=False)
-    if summary.damaged > _SHOWN_FAILURES:
-        errors.print(f"... and {summary.damaged - _SHOWN_FAILURES} more in the page", highlight=False)
 
 
 def main() -> None:
