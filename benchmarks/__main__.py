@@ -1,4 +1,4 @@
-"""``python -m benchmarks loaders`` and ``python -m benchmarks ingest``"""
+"""``python -m benchmarks loaders``, ``ingest`` or ``tables``"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from benchmarks.ingest import run_ingest
 from benchmarks.loaders import run_loaders
 from benchmarks.results import save, show
+from benchmarks.tables import run_tables
 
 DIRECTORY = Path("build/benchmarks")
 
@@ -48,6 +49,23 @@ def ingest_command(
     show(report, Console())
     for machine, hours in report.settings["hours_for_40000_scans"].items():
         print(f"40,000 scans with {machine}: {hours} h")
+    if json_file:
+        save(report, json_file)
+
+
+@app.command()
+def tables(
+    rows: Annotated[int, typer.Option(min=1000, max=900_000, help="Scans of the store.")] = 100_000,
+    repeats: Annotated[int, typer.Option(min=1, max=10)] = 3,
+    directory: Directory = DIRECTORY / "tables",
+    json_file: JsonFile = None,
+) -> None:
+    """Handle a store of very many rows: inspect, open, withdraw, discover, join."""
+    report = run_tables(directory, rows=rows, repeats=repeats)
+    show(report, Console())
+    for name, seconds in report.settings["seconds"].items():
+        target = report.settings["targets_s"].get(name)
+        print(f"{name}: {seconds:.2f} s" + (f" (with 100,000 rows at most {target:g} s)" if target else ""))
     if json_file:
         save(report, json_file)
 

@@ -18,7 +18,7 @@ from ingest.grid import Grid
 from ingest.journal import journal_path
 from ingest.places import Place, files_below, zarr_store
 from ingest.scan import STATUSES, ScanRow
-from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
+from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_name, shard_path
 from ingest.store import FORMAT, FORMAT_VERSION, leftovers, quiet_zarr
 
 #: What JSON, zarr and its codecs raise over files that are not what was written.
@@ -207,7 +207,7 @@ def _check_place(tables: StoreTables, file: str) -> list[Finding]:
     number = int(text) if text.isascii() and text.isdecimal() else -1
     if not 0 <= number < len(tables.rows) or str(number) != text:
         return [Finding("shard_orphan", f"{file} belongs to no row", file=file)]
-    if file != f"volumes/c/{number}/0/0/0":
+    if file != shard_name(number):
         return [tables.finding(number, "shard_orphan", f"{file} is no shard of this store", file)]
     status = tables.rows[number].status
     if status in STATUSES and status not in ("ok", "pending"):
@@ -237,7 +237,7 @@ def check_shard(tables: StoreTables, number: int, volume: np.ndarray) -> tuple[F
         _check_contiguous(content, tables.shape_zyx[0] // tables.slab)
         decode_shard(content, tables.slab, volume)
     except FileNotFoundError:
-        return tables.finding(number, "shard_missing", f"there is no volumes/c/{number}/0/0/0"), content
+        return tables.finding(number, "shard_missing", f"there is no {shard_name(number)}"), content
     except (OSError, ValueError) as error:
         return tables.finding(number, "shard_damaged", error_text(error)), content
     wrong = _check_statistics(tables.rows[number], tables.known, volume)

@@ -298,8 +298,8 @@ def _place(text: str) -> Place:
 def _parse_bytes(text: str) -> int:
     """Read a size such as ``4GB``, ``512 MiB`` or ``2e9``."""
     try:
-        size = int(parse_bytes(text))
-    except ValueError:
+        size = int(parse_bytes(text)) if re.match(r"\s*[\d.]", text) else 0  # "" and "GB" would be 1 of something
+    except (ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise typer.BadParameter(f"{text!r} is no size; expected e.g. 4GB or 512MiB", param_hint="--max-memory")
@@ -308,7 +308,9 @@ def _parse_bytes(text: str) -> int:
 
 def main() -> None:
     """Run the command; expected failures are one line on stderr and exit code 1."""
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
+    # Warnings and errors: dask tells of everything that it does.
+    handler = RichHandler(logging.WARNING, console=errors, show_time=False, show_path=False)
+    logging.basicConfig(format="%(message)s", handlers=[handler])
     try:
         app()
     except (

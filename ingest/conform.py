@@ -235,4 +235,6 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     sum_below = np.cumsum(counts * middles)
     with np.errstate(divide="ignore", invalid="ignore"):
         between = below * above * (sum_below / below - (sum_below[-1] - sum_below) / above) ** 2
+    if np.isnan(between[:-1]).all():
+        return float(edges[-2])  # all in the last bin: nothing to part
     return float(edges[1:][np.nanargmax(between[:-1])])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ingest.places import Place
-from ingest.shard import shard_path
+from ingest.shard import shard_name
 from ingest.store import open_store
 
 
@@ -75,8 +75,8 @@ def _shard_bytes(path: Place, rows: np.ndarray) -> int:
     """Return the bytes of the shards of some rows; those that are missing are for ``verify`` to find."""
     if not isinstance(path, Path):
         return sum(size for _, size, _ in (path / "volumes" / "c").below())
-    total = 0
+    total, store = 0, str(path)
     for row in rows.tolist():  # to ask for each is faster than to walk through their 300,000 folders
         with contextlib.suppress(FileNotFoundError):
-            total += os.stat(shard_path(path, row)).st_size
+            total += os.stat(os.path.join(store, shard_name(row))).st_size
     return total

@@ -10,15 +10,19 @@ from statistics import median
 
 from ingest.errors import MemoryBudgetError
 
-#: Of a process with the libraries loaded, and of the coordinator's tables per scan; measured, rounded up.
-PROCESS_BYTES = 320 << 20
+#: Of a process with the libraries loaded; measured, rounded up. 150 MB of it go into compiling the inner loops, which
+#: happens once on a machine.
+PROCESS_BYTES = 440 << 20
+#: Of the coordinator's tables, per scan, with a table of phenotypes.
 ROW_BYTES = 3 << 10
 #: The grid of a scan as float32 and as bytes, its shard, and what else is in hand.
-GRID_BYTES = 40 << 20
-#: The voxels of an ordinary scan: a float32 volume in UK Biobank's MNI152 grid has 29 MB, a head at 0.8 mm 67 MB.
+GRID_BYTES = 64 << 20
+#: The voxels of an ordinary scan: a float32 volume in UK Biobank's MNI152 grid has 29 MB, a head at 0.8 mm 67 MB. They
+#: are there twice if the axes of a volume must be put into another order.
 VOXEL_BYTES = 72 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 _ORDINARY = 4  # times the median: larger files do not decide about the others
+_MB = 10**6
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class MemoryPlan:
     scan_bytes
         What one scan may take; None if nothing was asked for.
     process_bytes
-        What one worker process may take; None likewise.
+        The limit that dask is to give a worker process; None likewise. It is a third more than what one may take: dask
+        holds a worker's tasks back at 80 % of the limit, and would do so for ever, for `keep_freed_memory` keeps.
     """
 
     threads: int
@@ -40,11 +45,14 @@ class MemoryPlan:
     process_bytes: int | None = None
 
 
-def plan_memory(max_bytes: int | None, file_bytes: Sequence[int], *, scans: int, workers: int) -> MemoryPlan:
+def plan_memory(
+    max_bytes: int | None, file_bytes: Sequence[int], *, scans: int, workers: int, remote: bool = False
+) -> MemoryPlan:
     """Decide how many scans are read at a time.
 
-    A scan needs its file twice (an archive and the member), its voxels, and the grid. Files of ordinary size decide, at
-    most four times the median; what needs more than the plan leaves becomes a row with that reason.
+    A scan needs its file twice (an archive and the member), its voxels twice (see `VOXEL_BYTES`), and the grid. Files
+    of ordinary size decide, at most four times the median; what needs more than the plan leaves becomes a row with that
+    reason. Everything is counted in whole megabytes, rounded up, so that the sums shown are right.
 
     Parameters
     ----------
@@ -56,6 +64,8 @@ def plan_memory(max_bytes: int | None, file_bytes: Sequence[int], *, scans: int,
         Rows of the store.
     workers
         Processes beside this one; 0 works in this one.
+    remote
+        Processes elsewhere do the work, one scan at a time each, and `max_bytes` is what one of them may take.
 
     Raises
     ------
@@ -63,36 +73,36 @@ def plan_memory(max_bytes: int | None, file_bytes: Sequence[int], *, scans: int,
         If not even one scan at a time is possible; shows the arithmetic.
     """
     cores = len(os.sched_getaffinity(0))
-    threads = cores + 1  # one more: some wait for the disk
+    threads = 1 if remote else cores + 1  # one more: some wait for the disk
+    if remote:
+        scans = 0  # the tables are not there
     if max_bytes is None:
         return MemoryPlan(threads)
     middle = median(file_bytes) if file_bytes else 0
-    largest = max((size for size in file_bytes if size <= _ORDINARY * middle), default=0)
-    scan = 2 * largest + VOXEL_BYTES + GRID_BYTES
-    tables = PROCESS_BYTES + scans * ROW_BYTES
-    one = (
-        f"2 x {_mb(largest)} for the largest file + {_mb(VOXEL_BYTES)} for its voxels + {_mb(GRID_BYTES)} for the grid"
-    )
-    own = f"{_mb(PROCESS_BYTES)} for this process + {_mb(scans * ROW_BYTES)} for {scans} rows"
+    largest = _mb(max((size for size in file_bytes if size <= _ORDINARY * middle), default=0))
+    process, voxels, grid, table = map(_mb, (PROCESS_BYTES, VOXEL_BYTES, GRID_BYTES, scans * ROW_BYTES))
+    given, own, scan = max_bytes // _MB, process + table, 2 * largest + 2 * voxels + grid
+    one = f"2 x {largest}MB for the largest file + 2 x {voxels}MB for its voxels + {grid}MB for the grid"
+    mine = f"{process}MB for this process + {table}MB for {scans} rows"
     if workers:
-        needed = tables + workers * (PROCESS_BYTES + scan)
-        if needed > max_bytes:
-            fit = (max_bytes - tables) // (PROCESS_BYTES + scan)
+        needed = own + workers * (process + scan)
+        if needed > given:
+            fit = (given - own) // (process + scan)
             advice = f"--workers {fit}, or " if fit > 0 else ""
             raise MemoryBudgetError(
-                f"--max-memory {_mb(max_bytes)} is too little for {workers} workers: {own} + {workers} x "
-                f"({_mb(PROCESS_BYTES)} + {one}) = {_mb(needed)}; use {advice}--max-memory {_mb(needed)}"
+                f"--max-memory {given}MB is too little for {workers} workers: {mine} + {workers} x "
+                f"({process}MB + {one}) = {needed}MB; use {advice}--max-memory {needed}MB"
             )
-        process = (max_bytes - tables) // workers
-        return MemoryPlan(threads, process - PROCESS_BYTES, process)
-    fit = (max_bytes - tables) // scan
+        share = (max_bytes - own * _MB) // workers
+        return MemoryPlan(threads, share - process * _MB, share * 4 // 3)
+    fit = (given - own) // scan
     if fit < 1:
         raise MemoryBudgetError(
-            f"--max-memory {_mb(max_bytes)} is too little for one scan at a time: {own} + {one} = "
-            f"{_mb(tables + scan)}; use --max-memory {_mb(tables + scan)}"
+            f"--max-memory {given}MB is too little for one scan at a time: {mine} + {one} = {own + scan}MB; "
+            f"use --max-memory {own + scan}MB"
         )
     threads = min(threads, fit)
-    return MemoryPlan(threads, (max_bytes - tables) // threads)
+    return MemoryPlan(threads, (max_bytes - own * _MB) // threads)
 
 
 def keep_freed_memory() -> None:
@@ -119,5 +129,6 @@ def _mallopt(parameter: int, value: int) -> None:
         mallopt(parameter, value)
 
 
-def _mb(size: int) -> str:
-    return f"{-(-size // 10**6)}MB"
+def _mb(size: int) -> int:
+    """Return megabytes, rounded up."""
+    return -(-size // _MB)

@@ -82,10 +82,8 @@ def join_phenotypes(path: Path, participants: Iterable[str], sessions: Iterable[
     wanted = list(ukb) if ukb else [place for place, name in enumerate(names) if name and place != id_column]
 
     notes = _Notes(path.name)
-    people = _people(table, id_column, wanted, notes)
-    keys = pd.Index([participant_key(p) for p in participants])
-    _compare(keys, people.index, notes)
-    rows = people.reindex(keys)
+    keys = pd.Index([participant_key(p) for p in participants], dtype=object)
+    rows = _people(table, id_column, wanted, keys, notes).reindex(keys)
     if ukb:
         values, variables = _ukb_variables(rows, ukb, names, list(sessions), notes)
         _note_names_left_out(names, ukb, notes)
@@ -117,8 +115,8 @@ def participant_key(value: object) -> str:
     return number[1] if number else text
 
 
-def _people(table: Table, id_column: int, wanted: Sequence[int], notes: _Notes) -> pd.DataFrame:
-    """Return the wanted columns with one row per person; tell of rows that are of nobody, odd, or there again."""
+def _people(table: Table, id_column: int, wanted: Sequence[int], keys: pd.Index, notes: _Notes) -> pd.DataFrame:
+    """Return the wanted columns of the people in `keys`, one row each; tell of rows that cannot be used."""
     found = read_columns(table, [id_column, *wanted])
     if found.odd_rows:
         rows = f"row {found.odd_rows[0]}" if len(found.odd_rows) == 1 else f"rows such as {found.odd_rows[0]}"
@@ -131,12 +129,14 @@ def _people(table: Table, id_column: int, wanted: Sequence[int], notes: _Notes) 
         raise TableError(f"{table.path} has a header and no rows")
     cells = found.cells.drop(columns=id_column)
     ids = found.cells[id_column].map(participant_key)
-    cells.index = pd.Index(ids)
+    cells.index = pd.Index(ids, dtype=object)  # looked up by hash
     nobody = ids.str.lower().isin(_MISSING).to_numpy()
     answers = int((nobody & (cells != "").any(axis=1)).sum())
     if answers:  # rows that are empty altogether are what spreadsheets leave behind
         notes.bad(answers, f"{answers} rows have no participant id and are left out")
     cells = cells[~nobody]
+    _compare(keys, cells.index.unique(), notes)
+    cells = cells[cells.index.isin(keys)]  # half a million people answered, and a tenth of them were scanned
     again = cells.index.duplicated()
     if again.any():
         same = cells.reset_index().duplicated().to_numpy()
@@ -277,7 +277,8 @@ def _category_attributes(codes: dict[str, float], known: Variable | None, source
 
 def _normal(column: pd.Series) -> pd.Series:
     """Return texts in lower case, with single blanks, "" where there is nothing."""
-    return column.fillna("").astype(str).str.lower().str.split().str.join(" ")
+    texts = column.fillna("").astype(str)
+    return texts.map({text: " ".join(text.lower().split()) for text in texts.unique()})  # there are few different ones
 
 
 def _codes(variable: Variable) -> dict[str, float]:

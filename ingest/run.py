@@ -139,8 +139,9 @@ def ingest(
         plan = make_plan(known, sources, retry_failed=retry_failed)
         phenotypes = _phenotypes(source, layout, settings.phenotypes, plan.rows, store)
         sizes = [plan.rows[number].source_size for number in plan.todo]
-        local_workers = 0 if scheduler else workers
-        memory = plan_memory(max_memory, sizes, scans=len(plan.rows), workers=local_workers)
+        memory = plan_memory(
+            max_memory, sizes, scans=len(plan.rows), workers=0 if scheduler else workers, remote=bool(scheduler)
+        )
         if on_plan:
             on_plan(len(plan.todo), sum(sizes))
 

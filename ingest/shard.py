@@ -59,6 +59,11 @@ def _crc(data: bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
+def shard_name(row: int) -> str:
+    """Return the name of the shard of a row, relative to its store."""
+    return f"volumes/c/{row}/0/0/0"
+
+
 @overload
 def shard_path(store: Path, row: int) -> Path: ...
 
@@ -69,7 +74,7 @@ def shard_path(store: ObjectPath, row: int) -> ObjectPath: ...
 
 def shard_path(store: Place, row: int) -> Place:
     """Return where the shard of a row lies in a store."""
-    return store / "volumes" / "c" / str(row) / "0" / "0" / "0"
+    return store / shard_name(row)
 
 
 def write_shard(path: Place, content: bytes) -> None:

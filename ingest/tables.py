@@ -114,7 +114,7 @@ def read_columns(table: Table, positions: Sequence[int]) -> Columns:
         except pa.ArrowException as error:  # also for a row that is longer than a block
             problem = str(error)
             continue
-        stripped = cells.to_pandas().apply(lambda column: column.astype(object).str.strip())
+        stripped = cells.to_pandas().apply(lambda column: column.str.strip())
         return Columns(stripped.set_axis(list(positions), axis="columns"), odd)
     raise TableError(f"{table.path} cannot be read as a table in UTF-8: {problem}")
 

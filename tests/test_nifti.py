@@ -347,6 +347,10 @@ def test_otsu_of_the_smallest_and_largest_numbers():
         assert values[0] <= otsu_threshold(values) < values[-1]
 
 
+def test_otsu_of_equal_numbers_is_below_them():
+    assert 0 <= otsu_threshold(np.full(5, 7, np.float32)) < 7
+
+
 def test_patching_is_what_the_standard_says():
     """The helper's offsets against nibabel's header, or the refusals above would test the wrong fields."""
     for content, kind in ((GOOD, nib.Nifti1Header), (GOOD2, nib.Nifti2Header)):

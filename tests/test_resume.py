@@ -262,7 +262,10 @@ def test_a_full_disk_ends_clearly_and_the_store_goes_on(source, undisturbed, tmp
 def test_a_worker_that_is_killed_costs_nothing_but_time(source, undisturbed, tmp_path):
     from distributed import Client, LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
         victims = [info["pid"] for info in client.run(_process_info).values()]
         finished: list[str] = []
 

@@ -1,0 +1,170 @@
+"""What a user sees of a run: the bar on a terminal, one JSON document, and every unexpected error of any process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import ellipsoid, write_nifti
+from rich.console import Console
+
+from ingest.progress import progress_bar
+
+INGEST = str(Path(sys.executable).with_name("ingest"))
+AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
+AFFINE[:3, 3] = [-60, -80, -60]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Return a folder with six good scans and two that are broken."""
+    folder = tmp_path_factory.mktemp("progress") / "src"
+    for number in range(6):
+        data = ellipsoid(AFFINE, (32, 42, 32), seed=number).astype(np.int16)
+        write_nifti(folder / f"{9000000 + number}.nii.gz", data, AFFINE)
+    for number in (7, 8):
+        (folder / f"{9000000 + number}.nii.gz").write_bytes(b"broken")
+    return folder
+
+
+def plain(text: str) -> str:
+    """Leave colours and movements of the cursor out."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def shown(total: int | None, *updates: dict) -> str:
+    """Return the last line of a bar after some updates."""
+    console = Console(force_terminal=True, file=StringIO(), width=120)
+    with progress_bar("ingest", console) as progress:
+        bar = progress.add_task("ingest", total=total)
+        for update in updates:
+            time.sleep(0.01)  # there is no rate in no time
+            progress.update(bar, **update)
+        console.file = StringIO()
+        progress.refresh()
+        return plain(console.file.getvalue())
+
+
+def test_the_bar_shows_count_rate_bytes_failures_and_time_left():
+    line = shown(
+        200,
+        {"advance": 1, "bytes": 1_000_000, "failures": 0},
+        {"advance": 1, "bytes": 2_500_000, "failures": 0},
+        {"advance": 1, "bytes": 7_300_000, "failures": 2},
+    )
+    assert re.search(r"ingest .*\b3/200\b", line)
+    rate = float(re.findall(r"([\d.]+)/s", line)[0])
+    assert 0 < rate < 110
+    assert "7.3 MB" in line
+    assert "2 failed" in line
+    hours, minutes, seconds = map(int, re.findall(r"(\d+):(\d\d):(\d\d)", line)[0])
+    left = 3600 * hours + 60 * minutes + seconds
+    assert left == pytest.approx(197 / rate, rel=0.1, abs=1.1)
+
+
+def test_the_bar_says_nothing_of_what_it_does_not_know():
+    assert "failed" not in shown(200, {"advance": 1, "bytes": 10, "failures": 0})
+    line = shown(None)
+    assert "failed" not in line
+    assert "/s" not in line
+    assert "0/?" in line
+
+
+def test_no_bar_without_a_terminal():
+    console = Console(file=StringIO())
+    with progress_bar("ingest", console) as progress:
+        progress.update(progress.add_task("ingest", total=3), advance=1)
+        progress.refresh()
+    assert isinstance(console.file, StringIO)
+    assert console.file.getvalue() == ""
+
+
+def run_on_a_terminal(command: list[str]) -> tuple[str, str, int]:
+    """Run a command whose stderr is a terminal of 120 columns; return its stdout, what the terminal got, its code."""
+    controller, terminal = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True, env=env) as process:
+        os.close(terminal)
+        got = b""
+        while True:
+            try:
+                chunk = os.read(controller, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+            if not chunk:
+                break
+            got += chunk
+        os.close(controller)
+        stdout = process.communicate(timeout=60)[0]
+    return stdout, got.decode(), process.returncode
+
+
+def test_a_run_on_a_terminal_shows_its_bar_beside_one_json_document(source, tmp_path):
+    stdout, screen, code = run_on_a_terminal([INGEST, str(source), str(tmp_path / "s.zarr"), "--json"])
+    assert code == 1
+    assert json.loads(stdout)["scans"] == 8
+    assert "\x1b[" in screen
+    last = [line for line in plain(screen).replace("\r", "\n").splitlines() if "8/8" in line][-1]
+    assert re.search(r"ingest .*8/8 .*\d/s .*\d (bytes|kB) 2 failed \d:\d\d:\d\d", last)
+    read = sum(file.stat().st_size for file in source.iterdir())
+    assert f"{read / 1000:.1f} kB" in last
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_json_is_one_document_and_nothing_else(source, tmp_path, workers):
+    command = [INGEST, str(source), str(tmp_path / "s.zarr"), "--workers", workers, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1  # two scans are broken
+    assert done.stdout.count("\n") == 1
+    document = json.loads(done.stdout)
+    assert {"scans", "status", "seconds", "volumes_per_second", "bytes"} <= set(document)
+    assert document["scans"] == 8
+    assert document["status"] == {"bad_nifti": 2, "ok": 6}
+    assert document["bytes"] == sum(file.stat().st_size for file in source.iterdir())
+    assert document["volumes_per_second"] == pytest.approx(6 / document["seconds"], rel=0.01)
+    assert sorted(name for name, _, _ in document["failures"]) == ["9000007.nii.gz", "9000008.nii.gz"]
+    assert done.stderr == ""  # no bar, no colours, no chatter of dask
+    again = subprocess.run([*command, "--retry-failed"], capture_output=True, text=True, timeout=120)
+    assert json.loads(again.stdout)["retried"] == 2
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unexpected_error_is_logged_once_with_its_traceback(source, tmp_path, workers):
+    """Every process of this run gets a conform() that fails for one scan: Python imports sitecustomize as it starts."""
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for file in sorted(source.iterdir())[:4]:
+        os.link(file, folder / file.name)
+    image = nib.load(source / "9000005.nii.gz")
+    image.header["descrip"] = "provoke an error"
+    nib.save(image, folder / "9000005.nii.gz")
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "sitecustomize.py").write_text(
+        "import ingest.convert\n"
+        "conform = ingest.convert.conform\n"
+        "def fail_for_one(volume, grid):\n"
+        "    if volume.description == 'provoke an error':\n"
+        "        raise ZeroDivisionError('nobody thought of this')\n"
+        "    return conform(volume, grid)\n"
+        "ingest.convert.conform = fail_for_one\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "patch"), "COLUMNS": "300"}
+    command = [INGEST, str(folder), str(tmp_path / "s.zarr"), "--workers", workers]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 1
+    assert "(4 ok, 1 read_error)" in done.stdout
+    assert done.stderr.count("unexpected error in 9000005.nii.gz") == 1
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert done.stderr.count("in fail_for_one") == 1
+    assert done.stderr.count("ZeroDivisionError: nobody thought of this") == 2  # the traceback's end, and the failure
+    assert "read_error: 9000005.nii.gz: unexpected ZeroDivisionError: nobody thought of this" in done.stderr
