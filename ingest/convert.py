@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from math import nan
 
-from ingest.archive import ScanContent, read_scan
+from ingest.archive import read_scan
 from ingest.conform import conform
 from ingest.errors import ScanError
 from ingest.grid import Grid, space_of
@@ -50,8 +50,8 @@ def pending_row(source: ScanSource) -> ScanRow:
     )
 
 
-def load_volume(source: ScanSource, memory: int | None = None) -> tuple[NiftiVolume, ScanContent]:
-    """Read and decode a scan's file.
+def load_volume(source: ScanSource, memory: int | None = None) -> tuple[NiftiVolume, float]:
+    """Read and decode a scan's file; return its volume, and the head's scale that its archive tells (else NaN).
 
     Parameters
     ----------
@@ -65,10 +65,11 @@ def load_volume(source: ScanSource, memory: int | None = None) -> tuple[NiftiVol
     """
     if memory is None:
         content = read_scan(source)
-        return read_nifti(content.nifti, content.image), content
+        return read_nifti(content.nifti, content.image), content.head_scale
     content = read_scan(source, max_bytes=(memory - GRID_BYTES) // 2)  # an archive and its member
     held = 2 * pending_row(source).source_size + GRID_BYTES
-    return read_nifti(content.nifti, content.image, max_bytes=memory - held), content
+    twice = (memory - held) // 2  # axes in another order are put right in a copy
+    return read_nifti(content.nifti, content.image, max_bytes=twice), content.head_scale
 
 
 def volume_space(source: ScanSource, volume: NiftiVolume) -> str:
@@ -99,7 +100,7 @@ def convert_scan(
     pending = pending_row(source)
     simulated = False
     try:
-        volume, content = load_volume(source, memory)
+        volume, head_scale = load_volume(source, memory)
         simulated = volume.description.startswith(SIMULATED_PREFIX)
         space = volume_space(source, volume)
         if space != grid.space:
@@ -121,7 +122,7 @@ def convert_scan(
         scale=stored.scale,
         offset=0.0,
         brain_voxels=stored.brain_voxels,
-        head_scale=content.head_scale,
+        head_scale=head_scale,
         cut_off_voxels=conformed.cut_off_voxels + stored.left_out,
         mean=stored.mean,
     )

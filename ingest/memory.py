@@ -36,8 +36,8 @@ class MemoryPlan:
     scan_bytes
         What one scan may take; None if nothing was asked for.
     process_bytes
-        The limit that dask is to give a worker process; None likewise. It is a third more than what one may take: dask
-        holds a worker's tasks back at 80 % of the limit, and would do so for ever, for `keep_freed_memory` keeps.
+        The limit at which dask ends a worker process; None likewise. It is a third more than what one may take, for
+        `keep_freed_memory` keeps.
     """
 
     threads: int

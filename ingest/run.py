@@ -154,7 +154,7 @@ def ingest(
             write_scans(out, plan.rows)  # what is read again is pending from here on, whatever happens to this run
             remove_journal(out)  # all of it is in the table now
         else:
-            grid = _choose_grid(settings.space, list(plan.todo.values()))
+            grid = _choose_grid(settings.space, list(plan.todo.values()), memory.scan_bytes)
             slab, store_id = settings.slab or DEFAULT_SLAB, uuid.uuid4().hex
             attrs = _attributes(source, layout, settings, slab) | {"store_id": store_id}
             create_store(out, plan.rows, grid, slab=slab, attrs=attrs)
@@ -283,12 +283,12 @@ def _rank(store: VolumeStore) -> int | None:
     return rank_of(store.attrs["settings"]["layout"], modalities[0]) if modalities else None
 
 
-def _choose_grid(space: Space, sources: list[ScanSource]) -> Grid:
+def _choose_grid(space: Space, sources: list[ScanSource], memory: int | None) -> Grid:
     if space is not Space.auto:
         return GRIDS[_SPACES[space]]
     for source in sources:
         try:
-            volume, _ = load_volume(source)
+            volume, _ = load_volume(source, memory)
         except ScanError:
             continue
         return GRIDS[volume_space(source, volume)]
@@ -303,7 +303,12 @@ def _phenotypes(
         table = source / "participants.tsv"
     if table is not None:
         with local_copy(table) as copy:
-            return join_phenotypes(copy, [row.participant for row in rows], [row.session for row in rows])
+            joined = join_phenotypes(copy, [row.participant for row in rows], [row.session for row in rows])
+        dropped = sorted(set(store.phenotypes.columns) - set(joined.table.columns)) if store else []
+        if dropped:
+            warning = f"{table.name} lacks {', '.join(dropped)}, which the store had from an older table, and loses now"
+            joined = replace(joined, warnings=[*joined.warnings, warning])
+        return joined
     if store is None or not len(store.phenotypes.columns) or len(store.scans) == len(rows):
         return None
     added = len(rows) - len(store.scans)

@@ -96,7 +96,7 @@ def read_withdrawals(path: Path) -> frozenset[str]:
             ids = {participant_key(row[0]) for row in csv.reader(file) if row and row[0].strip()}
     except UnicodeDecodeError:
         raise TableError(f"{path} is not a text in UTF-8; expected one participant id a line") from None
-    ids -= set(ID_COLUMNS)
+    ids = {one for one in ids if one.lower() not in ID_COLUMNS}  # a header
     if not ids:
         raise TableError(f"{path} names nobody; expected one participant id a line")
     return frozenset(ids)

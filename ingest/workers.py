@@ -18,6 +18,13 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _IN_FLIGHT = 3  # batches per worker: enough to hide the scheduler's latency, few enough to stop at once
+#: No profiler. And freed memory is kept, see `ingest.memory`, so dask must not wait for it to be given back.
+_LOCAL_WORKERS = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+}
 _LARGEST_BATCH = 16  # tasks sent at once: dask spends some 10 ms of this process on each batch
 
 
@@ -79,9 +86,8 @@ def run_in_processes(
         if scheduler is None:
             count = min(workers, len(tasks))
             limit = "auto" if memory_limit is None else memory_limit
-            # Any free port: two runs on one machine must not quarrel about dask's usual one. And no profiler.
-            with dask.config.set({"distributed.worker.profile.enabled": False}):
-                cluster = LocalCluster(
+            with dask.config.set(_LOCAL_WORKERS):
+                cluster = LocalCluster(  # any free port: two runs on one machine must not quarrel about one
                     n_workers=count, threads_per_worker=1, memory_limit=limit, dashboard_address="127.0.0.1:0"
                 )
             client = stack.enter_context(Client(stack.enter_context(cluster)))
@@ -94,46 +100,51 @@ def run_in_processes(
         batches = [tasks[start : start + size] for start in range(0, len(tasks), size)]
         work = partial(_run_batch, function)
         suspects: list[Task] = []
-        for batch, results in _run_batches(client, work, batches, count * _IN_FLIGHT):
+        for batch, results in _run_batches(client, work, batches):
             if results is None:
                 suspects += batch  # one of them, or one that shared a worker with them, ends workers
             else:
                 yield from results
-        for batch, results in _run_batches(client, work, [[task] for task in suspects], 1):
+        for batch, results in _run_batches(client, work, [[task] for task in suspects], at_once=1):
             yield lost(batch[0]) if results is None else results[0]
 
 
 def _run_batch(function: Callable[[Task], Result], batch: Sequence[Task]) -> list[Result]:
     keep_freed_memory()
-    return [function(task) for task in batch]
+    try:
+        return [function(task) for task in batch]
+    finally:
+        give_memory_back()  # what dask sees of it would make it hold this worker back
 
 
 def _run_batches(
     client: Client,
     work: Callable[[Sequence[Task]], list[Result]],
     batches: Sequence[Sequence[Task]],
-    in_flight: int,
+    at_once: int | None = None,
 ) -> Iterator[tuple[Sequence[Task], list[Result] | None]]:
-    """Yield each batch with its results, or None if its workers died."""
+    """Yield each batch with its results, or None if its workers died.
+
+    Workers may come and go; `at_once` batches are under way, by default some for each thread that is there.
+    """
     from distributed import KilledWorker, as_completed
 
     waiting = iter(batches)
-    batch_of = {}
+    batch_of: dict[str, Sequence[Task]] = {}
     running = as_completed()
 
-    def start_next() -> None:
-        batch = next(waiting, None)
-        if batch is not None:
+    def start_more() -> None:
+        wanted = at_once or _IN_FLIGHT * max(1, sum(client.nthreads().values()))
+        for batch in itertools.islice(waiting, max(0, wanted - len(batch_of))):
             future = client.submit(work, batch, pure=False)
-            batch_of[future.key] = batch
+            batch_of[str(future.key)] = batch
             running.add(future)
 
-    for _ in range(in_flight):
-        start_next()
+    start_more()
     for future in running:
-        batch = batch_of.pop(future.key)
+        batch = batch_of.pop(str(future.key))
         try:
             yield batch, future.result()
         except KilledWorker:
             yield batch, None
-        start_next()
+        start_more()

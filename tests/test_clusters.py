@@ -92,6 +92,8 @@ def test_the_script_runs_on_a_cluster(shared, monkeypatch, capsys):
 
 
 def test_its_options_are_those_of_dask():
+    import distributed.config  # fills in its settings  # noqa: F401
+
     help_text = subprocess.run(
         [sys.executable, "-m", "distributed.cli.dask_worker", "--help"], capture_output=True, text=True, check=True
     ).stdout

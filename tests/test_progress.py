@@ -158,12 +158,14 @@ def test_an_unexpected_error_is_logged_once_with_its_traceback(source, tmp_path,
         "    return conform(volume, grid)\n"
         "ingest.convert.conform = fail_for_one\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "patch"), "COLUMNS": "300"}
+    path = os.pathsep.join([str(tmp_path / "patch"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "300"}
     command = [INGEST, str(folder), str(tmp_path / "s.zarr"), "--workers", workers]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 1
     assert "(4 ok, 1 read_error)" in done.stdout
     assert done.stderr.count("unexpected error in 9000005.nii.gz") == 1
+    assert re.search(r"^ERROR +unexpected error in", done.stderr, flags=re.MULTILINE)  # by the log of this process
     assert done.stderr.count("Traceback (most recent call last)") == 1
     assert done.stderr.count("in fail_for_one") == 1
     assert done.stderr.count("ZeroDivisionError: nobody thought of this") == 2  # the traceback's end, and the failure

@@ -190,7 +190,9 @@ def test_phenotypes_can_be_given_later_and_again(source, tmp_path):
     run(source, out)
     assert open_store(out).phenotypes["age"].iloc[2] == 52
     (tmp_path / "new.csv").write_text("eid,21003-2.0\n9000002,77\n")
-    ingest(source, out, IngestSettings(phenotypes=tmp_path / "new.csv"))
+    summary = ingest(source, out, IngestSettings(phenotypes=tmp_path / "new.csv"))
+    assert any("new.csv lacks sex" in warning for warning in summary.warnings)
+    assert list(open_store(out).phenotypes.columns) == ["age"]
     assert open_store(out).phenotypes["age"].iloc[2] == 77
     assert {f: f.stat().st_mtime_ns for f in shards} == shards
 

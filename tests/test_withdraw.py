@@ -191,6 +191,8 @@ def test_lists_and_stores_that_cannot_be_used(place):
     assert decoded(place / "s.zarr") == before  # all stores are looked at before one is touched
     with store_lock(place / "s.zarr"), pytest.raises(StoreError, match="is being written"):
         withdraw(people, [place / "s.zarr"])
+    (place / "header.csv").write_text("Participant ID\n9000003\n")
+    assert read_withdrawals(place / "header.csv") == {"9000003"}
     (place / "bids.csv").write_text("﻿participant_id\nsub-01,remark\n 02 \n")
     assert read_withdrawals(place / "bids.csv") == {"01", "02"}
 
