@@ -13,7 +13,7 @@ PARTICIPANTS ?= 200
 demo: $(INSTALLED)
 	rm -rf $(DEMO)
 	$(BIN)/ingest simulate $(DEMO)/ukb --participants $(PARTICIPANTS)
-	$(BIN)/ingest $(DEMO)/ukb $(DEMO)/ukb.zarr --phenotypes $(DEMO)/ukb/phenotypes.csv --workers 2
+	$(BIN)/ingest $(DEMO)/ukb $(DEMO)/ukb.zarr --phenotypes $(DEMO)/ukb/phenotypes.csv
 	$(BIN)/ingest inspect $(DEMO)/ukb.zarr
 	@# Exit code 3: the weights cannot be had (said in one line). Anything else is a failure.
 	@$(BIN)/extract $(DEMO)/ukb.zarr $(DEMO)/embeddings.zarr --weights imagenet || { test $$? -eq 3 && \
