@@ -143,11 +143,6 @@ class S3Server:
         self._end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def restart(self) -> None:
-        """Kill it as a crash would and start it at the same endpoint, with the same objects."""
-        self.kill()
-        self.start()
-
     def kill(self) -> None:
         """End it until the next `start`, as a crash would: connections are refused, its objects stay."""
         self._end()

@@ -218,7 +218,7 @@ def template_scans(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("more", [0, 250, 1000])
+@pytest.mark.parametrize("more", [0, 1000])
 def test_threads_stay_below_the_limit(template_scans, tmp_path, more):
     limit = advised(template_scans) + more
     code, text, peak = run_watched(template_scans, tmp_path / "s.zarr", "--max-memory", f"{limit}MB", "--json")
@@ -236,8 +236,7 @@ def test_workers_stay_below_the_limit(template_scans, tmp_path):
     assert 450 * MB < peak <= limit * MB
 
 
-@pytest.mark.parametrize("options", [(), ("--workers", 1)], ids=["threads", "worker"])
-def test_volumes_that_are_turned_stay_below_the_limit(tmp_path, options):
+def test_volumes_that_are_turned_stay_below_the_limit(tmp_path):
     """Their voxels are there twice; dask must not hold a worker's tasks back for it, which would be for ever."""
     affine = np.zeros((4, 4))
     affine[[0, 1, 2], [2, 0, 1]] = 0.9  # sagittal: the file's first axis runs to the front
@@ -247,6 +246,7 @@ def test_volumes_that_are_turned_stay_below_the_limit(tmp_path, options):
     first = write_nifti(tmp_path / "src" / "9000000.nii.gz", data, affine)
     for number in range(1, 5):
         os.link(first, tmp_path / "src" / f"{9000000 + number}.nii.gz")
+    options = ("--workers", 1)
     limit = advised(tmp_path / "src", *options)
     code, text, peak = run_watched(tmp_path / "src", tmp_path / "s.zarr", "--max-memory", f"{limit}MB", *options)
     assert code == 0, text

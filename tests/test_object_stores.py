@@ -30,7 +30,7 @@ from ingest.verify import verify
 from ingest.withdraw import withdraw
 from loaders import open_loader
 
-KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "3"))
+KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "2"))
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 AFFINE[:3, 3] = [-60, -80, -60]
 BUCKETS = (f"bucket-{number}" for number in itertools.count())
@@ -275,7 +275,7 @@ def test_died_before_every_change(server, bucket, folder, local, monkeypatch):
     monkeypatch.setattr(ObjectPath, "remove", staticmethod(dying(remove)))
     finished = False
     while not finished:
-        dies_at += 9 if dies_at > 4 else 2
+        dies_at += 13 if dies_at > 4 else 2
         changes = itertools.count()
         try:
             ingest(folder, str(out))

@@ -155,19 +155,6 @@ def test_the_environment_is_enough(bucket, proxy, monkeypatch):
     assert proxy.count("PutObject", f"^{bucket}/some/where/a$") == 1
 
 
-def test_restart_keeps_objects():
-    with s3_server() as server:
-        server.make_bucket("kept")
-        obstore.put(server.store("kept"), "a", b"1")
-        endpoint = server.endpoint
-        server.kill()
-        with pytest.raises(GenericError):
-            obstore.head(open_bucket(endpoint, "kept", retries=1), "a")
-        server.start()
-        assert server.endpoint == endpoint
-        assert server.objects("kept") == {"a": b"1"}
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_server_dies_with_its_process():
     code = "from s3_server import *; s = S3Server(); s.start(); print(s.endpoint, s.folder, flush=True); input()"
