@@ -245,7 +245,7 @@ def _survey_row(
 
 
 @numba.njit(cache=True, nogil=True)
-def _positive_range(bits: np.ndarray, begin: int, end: int) -> tuple[int, int, int]:
+def _positive_range(bits: np.ndarray, begin: int, end: int) -> tuple[int, np.uint32, np.uint32]:
     """Return how many of some of the floats are positive and finite, and the bits of the smallest and largest of those.
 
     Their bits are in the order of the floats, and lie between 0 and those of infinity; less one, all others lie above
@@ -261,7 +261,7 @@ def _positive_range(bits: np.ndarray, begin: int, end: int) -> tuple[int, int, i
         lowest = min(lowest, less_one)
         highest = max(highest, value if positive else np.uint32(0))
         count = np.uint32(count + (_ONE if positive else np.uint32(0)))
-    return int(count), np.uint32(lowest + _ONE), highest  # type: ignore[return-value]
+    return int(count), np.uint32(lowest + _ONE), highest
 
 
 @numba.njit(cache=True, nogil=True)

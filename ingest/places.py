@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import S3Store
+from zarr.storage import ObjectStore
 
 from ingest.errors import ObjectStoreError
-
-if TYPE_CHECKING:
-    from obstore.store import S3Store
-    from zarr.storage import ObjectStore
 
 _SCHEME = "s3://"
 _ATTEMPTS = 5  # of what obstore itself does not try again
@@ -95,8 +96,6 @@ class ObjectPath:
 
     def size(self) -> int | None:
         """Return the bytes of the object, None if there is none."""
-        import obstore
-
         try:
             with clear_errors(self):
                 return int(obstore.head(_client(self.bucket), self.key)["size"]) if self.key else None
@@ -113,15 +112,11 @@ class ObjectPath:
         ObjectStoreError
             If the store does not answer, or refuses.
         """
-        import obstore
-
         with clear_errors(self):
             return bytes(obstore.get(_client(self.bucket), self.key).bytes())
 
     def read_pieces(self, size: int) -> bytes:
         """Return the first `size` bytes of the object, requested by pieces so that a slow link gets them all."""
-        import obstore
-
         content = bytearray()
         with clear_errors(self):
             while len(content) < size:
@@ -135,8 +130,6 @@ class ObjectPath:
 
     def write_bytes(self, content: bytes) -> None:
         """Write the object, at once or not at all."""
-        import obstore
-
         with clear_errors(self):
             obstore.put(_client(self.bucket), self.key, content, use_multipart=False)
 
@@ -151,8 +144,6 @@ class ObjectPath:
     @staticmethod
     def remove(places: list[ObjectPath]) -> None:
         """Remove objects of one bucket, a thousand in a request."""
-        import obstore
-
         if places:
             with clear_errors(places[0]):
                 obstore.delete(_client(places[0].bucket), [place.key for place in places])
@@ -162,8 +153,6 @@ class ObjectPath:
 
         A page that is cut off is asked for again; nothing is yielded twice.
         """
-        import obstore
-
         prefix = f"{self.key}/" if self.key else ""
         last, attempt = None, 0
         while True:
@@ -233,8 +222,6 @@ def zarr_store(place: Place) -> Path | ObjectStore:
     """Return what zarr opens to read what lies at a place: the folder, or a store of its own for objects."""
     if isinstance(place, Path):
         return place
-    from zarr.storage import ObjectStore
-
     return ObjectStore(_client(place.bucket, place.key), read_only=True)
 
 
@@ -245,8 +232,6 @@ def client(place: ObjectPath) -> S3Store:
 
 @functools.lru_cache(maxsize=8)
 def _client(bucket: str, prefix: str | None = None) -> S3Store:
-    from obstore.store import S3Store
-
     # Options that are given replace those of the environment, so this one is read here.
     plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes")
     options = {**_TIMEOUTS, "allow_http": plain}
@@ -261,8 +246,6 @@ def error_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def clear_errors(place: ObjectPath) -> Iterator[None]:
     """Turn obstore's errors into ObjectStoreError and FileNotFoundError, which say what to do; conflicts pass."""
-    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-
     try:
         yield
     except (AlreadyExistsError, PreconditionError):

@@ -215,7 +215,7 @@ def _read(store: VolumeStore, row: int, out: np.ndarray) -> str:
     except FileNotFoundError:
         return f"its shard volumes/c/{row}/0/0/0 is absent"
     except OSError as error:
-        return f"the shard cannot be read: {error.strerror}"
+        return f"the shard cannot be read: {error.strerror or error}"  # an object store has no strerror
     except (ValueError, MemoryError) as error:
         return error_text(error)
     return ""
