@@ -14,11 +14,11 @@ from rich.console import Console
 from extract.embeddings import check_suffix, write_embeddings
 from extract.encoder import build_encoder
 from extract.run import extract
-from extract.views import View
 from extract.weights import WeightsUnavailableError
 from ingest.errors import StoreError
 from ingest.progress import progress_bar
 from ingest.store import open_store
+from loaders.views import View
 
 #: Exit code when weights cannot be had, so that a script can go on with others.
 WEIGHTS_UNAVAILABLE = 3

@@ -10,8 +10,8 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.video import r3d_18
 
-from extract.views import View, slices_of
 from extract.weights import Weights, WeightsUnavailableError, load_weights
+from loaders.views import View, slices_of
 
 MODELS = {"resnet18": resnet18, "r3d_18": r3d_18}
 

@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 
 from extract.embeddings import Embeddings
 from ingest.planes import planes_of, side_by_side
-from loaders.reader import CorruptShardError, VolumeReader
+from loaders import CorruptShardError, VolumeReader
 
 _GAP = 6  # voxels of black between planes
 _PIXELS_PER_VOXEL = 2
@@ -93,7 +93,7 @@ def read_brains(
     warnings: list[str] = []
     try:
         with VolumeReader(path) as reader:
-            if reader.attrs.get("store_id") != made_from.get("id"):
+            if reader.store.attrs.get("store_id") != made_from.get("id"):
                 return [], [
                     f"no brains are shown: the store {name} is not the one that the embeddings were made from "
                     "(its store_id differs); name the right one with --store, or run extract again"

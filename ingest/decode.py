@@ -7,15 +7,12 @@ threads that pass the lock to and fro that often are slower than a single one (6
 
 from __future__ import annotations
 
-import ctypes
-from types import ModuleType
-
 import google_crc32c
-import llvmlite.binding
 import numba
 import numpy as np
 from numcodecs import lz4
 
+from ingest.crc32c import HAS_CRC32C, crc32c, register
 from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes
 
 _OK, _OUTSIDE, _CHECKSUM, _LENGTH, _LZ4 = range(5)
@@ -85,25 +82,12 @@ def _refuse(fault: int, number: int, offset: int, nbytes: int) -> None:
     raise ValueError(f"slab {number} {reason}")
 
 
-def _register(symbol: str, module: ModuleType | None) -> bool:
-    """Make a C function of an extension module, or of a library that it links to, known to compiled code."""
-    path = getattr(module, "__file__", None)
-    if path is None:
-        return False
-    try:
-        function = getattr(ctypes.CDLL(path), symbol)
-    except (OSError, AttributeError):
-        return False
-    llvmlite.binding.add_symbol(symbol, ctypes.cast(function, ctypes.c_void_p).value)
-    return True
-
-
-# Both are the very libraries that the slow path calls; by name, so that numba can keep the compiled code on disk.
-_COMPILED = _register("LZ4_decompress_safe", lz4) and _register("crc32c_value", getattr(google_crc32c, "_crc32c", None))
+# The very library that the slow path calls; by name, so that numba can keep the compiled code on disk.
+#: Whether compiled code can call `lz4_decompress_safe` and `crc32c`.
+COMPILED = register(lz4, "LZ4_decompress_safe", "LZ4_decompress_safe") and HAS_CRC32C
 lz4_decompress_safe = numba.types.ExternalFunction(
     "LZ4_decompress_safe", numba.int32(numba.intp, numba.intp, numba.int32, numba.int32)
 )
-_crc32c_value = numba.types.ExternalFunction("crc32c_value", numba.uint32(numba.intp, numba.uintp))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -116,7 +100,7 @@ def _decode_slabs(content: np.ndarray, index: np.ndarray, out: np.ndarray) -> tu
         if offset < 0 or nbytes <= SLAB_HEADER + CRC_BYTES or nbytes > length or offset > length - nbytes:
             return _OUTSIDE, number
         end = offset + nbytes - CRC_BYTES
-        if _crc32c_value(start + offset, end - offset) != _uint32_at(content, end):
+        if crc32c(start + offset, end - offset) != _uint32_at(content, end):
             return _CHECKSUM, number
         if _uint32_at(content, offset) != out.shape[1]:
             return _LENGTH, number
@@ -143,4 +127,4 @@ def _decode_shard_compiled(content: np.ndarray, slab: int, out: np.ndarray) -> N
 
 
 #: The decoder that readers use, with the parameters of `decode_shard_slowly`.
-decode_shard = _decode_shard_compiled if _COMPILED else decode_shard_slowly
+decode_shard = _decode_shard_compiled if COMPILED else decode_shard_slowly

@@ -124,6 +124,21 @@ class ObjectPath:
                 content += obstore.get_range(_client(self.bucket), self.key, start=len(content), end=end)
         return bytes(content)
 
+    def read_tail(self, nbytes: int) -> tuple[bytes, int]:
+        """Return the last bytes of the object, all if it has fewer, and how many it has."""
+        with clear_errors(self):
+            found = obstore.get(_client(self.bucket), self.key, options={"range": {"suffix": nbytes}})
+            return bytes(found.bytes()), int(found.meta["size"])
+
+    def read_ranges(self, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes from each start to each end, all requested at once."""
+        if not ranges:
+            return []
+        starts, ends = zip(*ranges, strict=True)
+        with clear_errors(self):
+            found = obstore.get_ranges(_client(self.bucket), self.key, starts=starts, ends=ends)
+            return [bytes(piece) for piece in found]
+
     def read_text(self, encoding: str = "utf-8") -> str:
         """Return the object's content as text."""
         return self.read_bytes().decode(encoding)

@@ -1,6 +1,22 @@
 """Batches of brain volumes from a store, at the speed of the hardware."""
 
+from loaders.augment import Augmentation
+from loaders.errors import CorruptShardError, ShardError, SlowReadError
 from loaders.loader import Batch, Loader, open_loader
-from loaders.reader import CorruptShardError, VolumeReader
+from loaders.reader import VolumeReader
+from loaders.timing import Timing
+from loaders.views import View, slices_of
 
-__all__ = ["Batch", "CorruptShardError", "Loader", "VolumeReader", "open_loader"]
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "CorruptShardError",
+    "Loader",
+    "ShardError",
+    "SlowReadError",
+    "Timing",
+    "View",
+    "VolumeReader",
+    "open_loader",
+    "slices_of",
+]

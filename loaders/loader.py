@@ -1,24 +1,35 @@
-"""`open_loader`: batches of volumes from a store, in order or shuffled, through DALI or plain torch."""
+"""`open_loader`: batches of volumes or slices from a store, on the CPU or a GPU, in an order that can be resumed."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ingest.places import Place
-from ingest.store import VolumeStore
-from loaders.order import epoch_order, split_batches
-from loaders.pool import BatchPool
-from loaders.reader import VolumeReader
+from ingest.store import VolumeStore, open_store
+from loaders.augment import Augmentation
+from loaders.batches import BatchPool, loaded_batches
+from loaders.cache import ShardCache
+from loaders.decode import Decoder
+from loaders.fetch import Buffer, Payload, ShardFetcher
+from loaders.layout import check_layout
+from loaders.order import BatchPlan, Sampling
+from loaders.output import DTYPES, Output
+from loaders.select import balancing_weights, phenotype, select_rows, strata_of
+from loaders.threads import ScanThreads
+from loaders.timing import Timing
+from loaders.views import plan_picture
 
 BACKENDS = ("auto", "dali", "torch")
-_AHEAD = 2  # batches being decoded while one is in use
+_REMOTE_THREADS = 16  # they wait for the network most of the time
 
 
 @dataclass(frozen=True)
@@ -28,99 +39,191 @@ class Batch:
     Attributes
     ----------
     images
-        uint8 (scan, z, y, x), RAS.
+        (scan, z, y, x), or (scan, slice, height, width); RAS. With channels (scan, channel, z, y, x), or
+        (scan, slice, channel, height, width).
     rows
         int64 (scan,), their rows in the store.
     participant
         Whose they are.
+    valid
+        bool (scan,). False for scans that count for nothing: the picture is empty, for the shard cannot be read
+        (``on_error="skip"``), or the scan only fills up the last batch of a rank.
     """
 
     images: torch.Tensor
     rows: np.ndarray
     participant: list[str]
+    valid: np.ndarray
 
 
 class Loader:
-    """Iterates over a store once per ``for`` loop; made by `open_loader`.
+    """Goes over a store once per ``for`` loop; made by `open_loader`.
 
     Attributes
     ----------
+    sampling
+        The scans of every pass and how they are put in order.
     epoch
         Number of the next pass. A shuffled loader takes another order in each; set it to repeat one.
+    timing
+        Where the time of the last pass, or the one under way, went.
+    skipped
+        By row, why scans were left out (``on_error="skip"``), since the loader was opened.
+    backend, device
+        What was chosen.
     """
 
     def __init__(
         self,
-        reader: VolumeReader,
-        rows: np.ndarray,
+        store: VolumeStore,
+        sampling: Sampling,
+        output: Output,
         *,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
         backend: str,
-        drop_last: bool,
+        device: torch.device,
+        threads: int,
+        skip_errors: bool,
+        deadline: float,
+        cache: ShardCache | None = None,
     ) -> None:
-        self.reader = reader
-        self.rows = rows
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
+        self.store = store
+        self.sampling = sampling
         self.backend = backend
-        self.drop_last = drop_last
+        self.device = device
         self.epoch = 0
-        self._participants = reader.store.scans["participant"].to_numpy()
-        self._pool = BatchPool((min(batch_size, max(len(rows), 1)), *reader.shape))
+        self.timing = Timing(threads=threads)
+        self.skipped: dict[int, str] = {}
+        self._output = output
+        self._skip_errors = skip_errors
+        self._position = 0  # scans of the pass under way, or of the next one, that are done
+        self._under_way: int | None = None  # epoch of the pass under way
+        self._resume = False
+        self._participants = store.scans["participant"].to_numpy()
+        self._sources = store.scans["source"].to_numpy()
+        depth, height, width = store.grid.shape_zyx
+        picture = output.picture
+        self._fetcher = ShardFetcher(store, picture.slabs, cache)
+        self._decoder = Decoder(picture, (store.slab, height, width), depth, *output.gain_and_bias())
+        self._inflates = backend == "dali" and device.type == "cuda"
+        write: Callable[[Payload, Any, int], None] = self._write
+        if self._inflates:
+            from loaders.dali_backend import SlotRing
+
+            self._ring = SlotRing(self._decoder, self.timing, pinned=True)
+            write = self._ring.fill
+        else:
+            largest = min(sampling.batch_size, max(len(sampling.rows), 1))
+            decoded_as = output.decoded_as if device.type == "cpu" else np.dtype(np.uint8)
+            self._pool = BatchPool((largest, *picture.shape), decoded_as, pinned=device.type == "cuda")
+        self._threads = ScanThreads(threads, self._read, write, deadline=deadline, describe=self._describe)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        whole, rest = divmod(len(self.rows), self.batch_size)
-        return whole + (1 if rest and not self.drop_last else 0)
+        """Batches in a pass."""
+        return len(self.sampling)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = epoch_order(self.rows, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
+        start, self._resume = (self._position if self._resume else 0), False
+        epoch = self.epoch
         self.epoch += 1
-        batches = split_batches(order, self.batch_size, drop_last=self.drop_last)
-        decoded = self._decoded(batches)
+        self._under_way, self._position = epoch, start
+        timing = self.timing
+        timing.reset()
+        before = self._threads.read_seconds, self._threads.write_seconds, self._threads.bytes_read
+        begun = time.perf_counter()
+        batches = self._images(self.sampling.batches(epoch, start), epoch)
+        try:
+            for plan, images in batches:
+                timing.scans += int(plan.valid.sum())
+                timing.batches += 1
+                timing.bytes_out += images.numel() * images.element_size()
+                timing.elapsed = time.perf_counter() - begun
+                now = self._threads.read_seconds, self._threads.write_seconds, self._threads.bytes_read
+                timing.read, timing.decode = now[0] - before[0], now[1] - before[1]
+                timing.bytes_read = now[2] - before[2]
+                self._position = plan.end
+                yield Batch(images, plan.rows, self._participants[plan.rows].tolist(), plan.valid)
+                del images
+            self._under_way, self._position = None, 0
+        finally:
+            batches.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the loader is, to be given to `load_state_dict`; plain numbers and text.
+
+        The scans of batches that the loop has got count as done. It says nothing of ranks and batch sizes, and may be
+        loaded where those are others.
+        """
+        epoch, position = (self.epoch, 0) if self._under_way is None else (self._under_way, self._position)
+        if self._resume:
+            epoch, position = self.epoch, self._position
+        if position and position >= len(self.sampling.rows):
+            epoch, position = epoch + 1, 0
+        return {"version": 1, "epoch": epoch, "position": position, **self.sampling.identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader was: the next ``for`` loop begins there.
+
+        Raises
+        ------
+        ValueError
+            If that loader went over other scans, or in another order.
+        """
+        if state.get("version") != 1:
+            raise ValueError(f"state of version {state.get('version')!r}, expected 1")
+        for name, value in self.sampling.identity().items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"the state was saved with {name} {state.get(name)!r}, this loader has {value!r}; open it with the "
+                    "same rows, seed and sampling"
+                )
+        self.epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._under_way, self._resume = None, True
+
+    def _images(self, plans: Iterator[BatchPlan], epoch: int) -> Generator[tuple[BatchPlan, torch.Tensor]]:
+        skipped = self.skipped if self._skip_errors else None
+        timing, output = self.timing, self._output
+        # Augmenting on the CPU takes longer than loading, and needs the memory of a batch itself.
+        ahead = 1 if output.augmentation is not None and self.device.type == "cpu" else 2
+        if self._inflates:
+            from loaders.dali_backend import inflated_on_gpu
+
+            loaded = loaded_batches(
+                plans, self._threads, self._ring.take, self._describe, timing,
+                ahead=ahead, skipped=skipped, blank=self._ring.blank,
+            )  # fmt: skip
+            return inflated_on_gpu(
+                loaded, self._ring, self._decoder, output, epoch, timing,
+                batch_size=self.sampling.batch_size, threads=self._threads.threads, device=self.device,
+            )  # fmt: skip
+        loaded = loaded_batches(
+            plans, self._threads, self._pool.take, self._describe, timing,
+            ahead=ahead, skipped=skipped, blank=lambda batch, place: batch[place].fill(0),
+        )  # fmt: skip
         if self.backend == "dali":
             from loaders.dali_backend import through_dali
 
-            images = through_dali(decoded, self.batch_size, self.reader.threads)
-        else:
-            images = (torch.from_numpy(array) for array in decoded)
-        for rows, tensor in zip(batches, images, strict=True):
-            yield Batch(tensor, rows, self._participants[rows].tolist())
+            threads = self._threads.threads
+            return through_dali(loaded, output, epoch, timing, batch_size=self.sampling.batch_size, threads=threads)
+        if self.device.type == "cuda":
+            from loaders.torch_backend import on_gpu
 
-    def _decoded(self, batches: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield decoded batches in order while the next ones are being decoded."""
-        waiting = iter(batches)
-        running: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
+            return on_gpu(loaded, output, epoch, timing, self.device)
+        from loaders.torch_backend import on_cpu
 
-        def start_next() -> None:
-            rows = next(waiting, None)
-            if rows is not None:
-                array = self._pool.take(len(rows))
-                running.append((array, self.reader.submit(rows, array)))
+        return on_cpu(loaded, output, epoch, timing)
 
-        try:
-            for _ in range(_AHEAD):
-                start_next()
-            while running:
-                array, futures = running.popleft()
-                for future in futures:
-                    future.result()
-                start_next()
-                yield array
-        finally:  # the consumer stopped early, or a shard is damaged: nobody may write into memory that is given back
-            for _, futures in running:
-                for future in futures:
-                    future.cancel()
-                for future in futures:
-                    if not future.cancelled():
-                        future.exception()
+    def _read(self, row: int, buffer: Buffer) -> Payload:
+        return self._fetcher.fetch(row, buffer)
+
+    def _write(self, payload: Payload, target: np.ndarray, row: int) -> None:  # noqa: ARG002 - others tell of it
+        self._decoder.decode(payload, target)
+
+    def _describe(self, row: int) -> str:
+        return f"row {row} ({self._sources[row]}) of {self.store.path}"
 
     def close(self) -> None:
-        """Stop the reader's threads."""
-        self.reader.close()
+        """Stop the threads."""
+        self._threads.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -133,39 +236,95 @@ def open_loader(
     store: str | Place | VolumeStore,
     *,
     rows: Sequence[int] | np.ndarray | None = None,
+    where: str | None = None,
+    known: Sequence[str] = (),
     batch_size: int = 16,
+    view: str = "volume",
+    slices: int | Sequence[int] = 3,
+    dtype: str | torch.dtype = "uint8",
+    mean: float = 0.0,
+    std: float = 1.0,
+    channels: int | None = None,
+    channels_last: bool = False,
+    augmentation: Augmentation | None = None,
     shuffle: bool = False,
     seed: int = 0,
-    backend: str = "auto",
-    threads: int | None = None,
+    weights: Sequence[float] | np.ndarray | None = None,
+    balance: str | None = None,
+    stratify: str | None = None,
     drop_last: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    on_error: str = "raise",
+    deadline: float = 60.0,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int = 0,
 ) -> Loader:
     """Open a store for iteration.
 
     Parameters
     ----------
     store
-        Path of a store, or an open one.
-    rows
-        Rows to visit, each of status ``ok``; by default all of those.
+        Path or ``s3://`` address of a store, or an open one.
+    rows, where, known
+        Which scans, by default all that hold a volume: row numbers or a mask; a condition such as
+        ``"age >= 60 and sex == 1"``; phenotypes that must not be missing. See `loaders.select.select_rows`.
     batch_size
-        Scans per batch; the last batch may have fewer.
-    shuffle
-        Visit the rows in an order that depends on `seed` and the epoch alone.
-    backend
-        ``dali`` (a DALI pipeline; needs nvidia-dali), ``torch``, or ``auto``: DALI where it and a GPU are at hand. The
-        pixels are the same.
-    threads
-        Threads that read and decode; by default one per core, at most 8.
+        Scans per batch (of each rank); the last batch may have fewer.
+    view, slices
+        ``volume``, or ``axial``, ``coronal``, ``sagittal`` slices: so many, evenly spaced, or those positions. Of axial
+        slices only the slabs that hold them are read.
+    dtype
+        ``uint8`` (as stored), ``float32``, ``float16`` or ``bfloat16``: ``(stored / 255 - mean) / std``.
+    mean, std
+        Of the normalisation.
+    channels, channels_last
+        1 or 3: an axis of so many equal channels; in torch's channels-last memory format.
+    augmentation
+        See `loaders.Augmentation`; each scan's depends on the seed, the epoch, and its place in the epoch alone.
+    shuffle, seed
+        Visit the scans in an order that depends on the seed and the epoch alone: not on the backend, the batch size,
+        the number of threads or ranks.
+    weights
+        One per row that is visited: as many are drawn, with replacement, in proportion to their weights.
+    balance
+        A phenotype whose values (tenths of its range of ranks, if there are more than ten) are drawn equally often;
+        weights that follow from it.
+    stratify
+        A phenotype of whose values every batch has nearly the same share. Needs `shuffle`.
     drop_last
-        Leave out a last batch that is not full.
+        Leave out a last batch that is not full (on every rank).
+    rank, world_size
+        This process is number `rank` of so many that share each epoch; by default what `torch.distributed` says, if it
+        is set up.
+    backend
+        ``dali`` (needs nvidia-dali; inflates on the GPU where there is one), ``torch``, or ``auto``: DALI where it and
+        a GPU are at hand. The pixels are the same.
+    device
+        Where the batches shall be, ``cpu`` or ``cuda``; by default a GPU for the DALI backend where there is one,
+        else the CPU.
+    threads
+        Threads that read and decode; by default one per core, at most 8, and 16 for ``s3://``.
+    on_error
+        ``raise``, or ``skip``: a scan that cannot be read is reported, counted in `Loader.skipped`, and marked in its
+        batch.
+    deadline
+        Seconds that reading a scan may take; then it is an error as `on_error` says.
+    cache_dir, cache_bytes
+        A folder on a fast disk that keeps compressed shards of a store that is far away, and its greatest size.
 
     Raises
     ------
     ValueError
-        For a batch size below 1, an unknown backend, or ``dali`` where DALI is not installed.
+        For settings that cannot be, each with what was expected; ``dali`` where DALI is not installed; ``cuda`` where
+        there is no GPU.
     IndexError
         If a row holds no volume.
+    StoreError
+        If the store is of another format or layout.
 
     Examples
     --------
@@ -173,24 +332,103 @@ def open_loader(
     ...     for batch in loader:
     ...         batch.images  # uint8 tensor (8, 160, 192, 160)
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
-    chosen = choose_backend(backend)
-    reader = VolumeReader(store, threads=threads)
-    wanted = reader.store.ok_rows if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
-    reader.check_rows(wanted)
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is {on_error!r}, expected raise or skip")
+    if not deadline > 0:
+        raise ValueError(f"deadline is {deadline}, expected a number of seconds above 0")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}, expected 1 or more")
+    if (cache_dir is None) != (not cache_bytes):
+        raise ValueError("a cache needs both cache_dir and cache_bytes, its folder and its greatest size")
+    chosen, where_to = choose_backend(backend, device)
+    opened = store if isinstance(store, VolumeStore) else open_store(store)
+    check_layout(opened)
+    wanted = select_rows(opened, rows=rows, where=where, known=known)
+    drawn, strata = _draws(opened, wanted, weights, balance, stratify, shuffle=shuffle)
+    rank, world_size = _choose_rank(rank, world_size)
+    sampling = Sampling(wanted, shuffle, seed, drawn, strata, batch_size, rank, world_size, drop_last)
+    picture = plan_picture(opened.grid.shape_zyx, opened.slab, view, slices)
+    output = Output(picture, _dtype(dtype), mean, std, channels, channels_last, augmentation, seed)
+    cache = None if cache_dir is None else ShardCache(Path(cache_dir), cache_bytes, opened, picture.slabs)
+    if threads is None:
+        threads = min(8, len(os.sched_getaffinity(0))) if isinstance(opened.path, Path) else _REMOTE_THREADS
     return Loader(
-        reader, wanted, batch_size=batch_size, shuffle=shuffle, seed=seed, backend=chosen, drop_last=drop_last
+        opened,
+        sampling,
+        output,
+        backend=chosen,
+        device=where_to,
+        threads=threads,
+        skip_errors=on_error == "skip",
+        deadline=deadline,
+        cache=cache,
     )
 
 
-def choose_backend(backend: str) -> str:
-    """Turn ``auto`` into ``dali`` or ``torch``, and refuse what is not there."""
+def choose_backend(backend: str, device: str | torch.device | None = None) -> tuple[str, torch.device]:
+    """Turn ``auto`` into ``dali`` or ``torch`` and choose the device; refuse what is not there."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if backend == "dali" and not installed:
         raise ValueError("backend 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use backend 'torch'")
+    gpu = torch.cuda.is_available()
+    if device is not None:
+        wanted = torch.device(device)
+        if wanted.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {wanted}, expected cpu or cuda")
+        if wanted.type == "cuda" and not gpu:
+            raise ValueError(f"device is {wanted}, but no GPU is at hand; use device 'cpu'")
+    else:
+        wanted = torch.device("cuda" if gpu and installed and backend != "torch" else "cpu")
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = torch.device("cuda", torch.cuda.current_device())
     if backend == "auto":
-        return "dali" if installed and torch.cuda.is_available() else "torch"
-    return backend
+        backend = "dali" if installed and wanted.type == "cuda" else "torch"
+    return backend, wanted
+
+
+def _choose_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if rank is None and world_size is None:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        return 0, 1
+    if rank is None or world_size is None:
+        raise ValueError(f"rank is {rank} and world_size {world_size}, expected both or neither")
+    return rank, world_size
+
+
+def _draws(
+    store: VolumeStore,
+    rows: np.ndarray,
+    weights: Sequence[float] | np.ndarray | None,
+    balance: str | None,
+    stratify: str | None,
+    *,
+    shuffle: bool,
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return weights or strata of the rows, whichever was asked for."""
+    if sum(option is not None for option in (weights, balance, stratify)) > 1:
+        raise ValueError("weights, balance and stratify exclude one another; give one of them")
+    if stratify is not None:
+        if not shuffle:
+            raise ValueError("stratify orders a shuffled epoch; it needs shuffle=True")
+        return None, strata_of(phenotype(store, stratify)[rows])
+    if balance is not None:
+        return balancing_weights(phenotype(store, balance)[rows]), None
+    if weights is None:
+        return None, None
+    drawn = np.asarray(weights, dtype=np.float64).reshape(-1)
+    if len(drawn) != len(rows):
+        raise ValueError(f"{len(drawn)} weights were given for {len(rows)} rows, expected one for each")
+    if len(drawn) and not (np.isfinite(drawn).all() and (drawn >= 0).all() and drawn.sum() > 0):
+        raise ValueError("weights must be finite, not negative, and not all zero")
+    return drawn, None
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype is {dtype!s}, expected one of {', '.join(DTYPES)}")
+    return found

@@ -21,7 +21,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.models.video import R3D_18_Weights, r3d_18
 
 from extract import Embeddings, build_encoder, extract, open_embeddings, write_embeddings
-from extract.views import View, slice_positions, slices_of
+from loaders.views import View, slice_positions, slices_of
 from extract.weights import WeightsUnavailableError, load_weights
 from ingest import IngestSettings, ingest, open_store
 from ingest.errors import StoreError

@@ -1,0 +1,154 @@
+"""Batches in the memory of the host: filled ahead by threads, used again once nobody holds them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from loaders.errors import ShardError
+from loaders.order import BatchPlan
+from loaders.threads import BatchTasks, ScanTask, ScanThreads, as_shard_error
+from loaders.timing import Timing
+
+logger = logging.getLogger("loaders")
+
+_KEPT = 3  # batches whose memory is kept: one in use, one that is ready, one that is being filled
+
+
+class BatchPool:
+    """Hands out batches of uninitialised memory and takes it back when the last reference to them is gone.
+
+    No page faults, and no batch is overwritten that somebody still holds.
+
+    Parameters
+    ----------
+    shape
+        Of the largest batch.
+    dtype
+        uint8 or float32.
+    pinned
+        Page-locked memory, from which a GPU copies by itself.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, *, pinned: bool = False) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._pinned = pinned
+        self._free: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, scans: int) -> np.ndarray:
+        """Return an array (scans, ...); a tensor made of it by ``torch.from_numpy`` keeps it alive."""
+        with self._lock:
+            memory = self._free.pop() if self._free else self._allocate()
+        # A new buffer object, so that views made by others refer to `batch` and not past it to `memory`.
+        batch = np.frombuffer(memory.data, self._dtype, count=scans * int(np.prod(self._shape[1:])))
+        weakref.finalize(batch, self._give_back, memory)
+        return batch.reshape(scans, *self._shape[1:])
+
+    def _allocate(self) -> np.ndarray:
+        nbytes = int(np.prod(self._shape)) * self._dtype.itemsize
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned).numpy()
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        with self._lock:
+            if len(self._free) < _KEPT:
+                self._free.append(memory)
+
+
+def loaded_batches(
+    plans: Iterator[BatchPlan],
+    threads: ScanThreads,
+    new_batch: Callable[[int], Any],
+    describe: Callable[[int], str],
+    timing: Timing,
+    *,
+    ahead: int,
+    skipped: dict[int, str] | None,
+    blank: Callable[[Any, int], None],
+) -> Generator[tuple[BatchPlan, Any]]:
+    """Yield batches in order while the next ones are being loaded.
+
+    Parameters
+    ----------
+    new_batch
+        ``new_batch(scans)`` gives what threads fill: item i is the target of scan i, see `ScanThreads`. A target with a
+        ``reserve`` method is also where the bytes are read to.
+    describe
+        Names a row in errors.
+    ahead
+        Batches under way while the consumer has one.
+    skipped
+        None if a scan that cannot be had is an error; else the reasons are put there by row, and such scans are not
+        valid in the plans that are yielded.
+    blank
+        ``blank(batch, place)`` makes the target of such a scan an empty picture.
+
+    Raises
+    ------
+    ShardError
+        Naming the scan.
+    """
+    running: deque[tuple[BatchPlan, Any, BatchTasks]] = deque()
+    yielded = time.perf_counter()
+    try:
+        while True:
+            asked = time.perf_counter()
+            if running and not any(tasks.remaining for _, _, tasks in running):
+                done = max(yielded, *(tasks.finished for _, _, tasks in running))
+                timing.idle += max(0.0, asked - done)
+            while len(running) < ahead and (plan := next(plans, None)) is not None:
+                batch = new_batch(len(plan.rows))
+                rows = enumerate(plan.rows.tolist())
+                tasks = BatchTasks([ScanTask(row, place, batch[place]) for place, row in rows])
+                threads.submit(tasks)
+                running.append((plan, batch, tasks))
+            if not running:
+                return
+            plan, batch, tasks = running.popleft()
+            try:
+                threads.wait(tasks)
+            except BaseException:
+                threads.cancel(tasks)
+                raise
+            timing.starved += time.perf_counter() - asked
+            plan = _settle(plan, batch, tasks, describe, skipped, blank)
+            yielded = time.perf_counter()
+            yield plan, batch
+            del plan, batch, tasks  # else this frame would hold memory that the consumer has let go of
+    finally:
+        for _, _, tasks in running:
+            threads.cancel(tasks)
+
+
+def _settle(
+    plan: BatchPlan,
+    batch: Any,
+    tasks: BatchTasks,
+    describe: Callable[[int], str],
+    skipped: dict[int, str] | None,
+    blank: Callable[[Any, int], None],
+) -> BatchPlan:
+    """Raise what went wrong with a batch, or mark the scans and blank their pictures."""
+    valid = plan.valid
+    for task in tasks.tasks:
+        if task.error is None:
+            continue
+        error: ShardError = as_shard_error(task.error, describe(task.row))
+        if skipped is None:
+            raise error
+        if task.row not in skipped:
+            logger.warning("skipped: %s", error)
+        skipped[task.row] = str(error)
+        valid = valid.copy()
+        valid[task.place] = False
+        blank(batch, task.place)
+    return plan if valid is plan.valid else BatchPlan(plan.rows, plan.positions, valid, plan.end)

@@ -1,0 +1,239 @@
+"""The compressed slabs of a scan, from a file, an object or the local cache, into memory that is used again."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from ingest.decode import read_index
+from ingest.places import ObjectPath
+from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
+from ingest.store import VolumeStore
+from loaders.cache import ShardCache
+
+_ABSENT = np.uint64(2**64 - 1)  # of an index entry: a slab that zarr left out, for it is all zero
+_GAP = 64 << 10  # bytes: reading so much that is not needed takes less time than another read
+
+
+class Buffer:
+    """Memory that grows to what is asked of it."""
+
+    def __init__(self, nbytes: int = 0) -> None:
+        self.memory = np.empty(nbytes, np.uint8)
+
+    def reserve(self, nbytes: int) -> np.ndarray:
+        """Return memory of at least so many bytes; what was returned before may not be used any more."""
+        if len(self.memory) < nbytes:
+            self.memory = self._allocate(nbytes + nbytes // 4)
+        return self.memory
+
+    def _allocate(self, nbytes: int) -> np.ndarray:
+        return np.empty(nbytes, np.uint8)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The slabs of a scan that are wanted, as they are stored and not checked yet.
+
+    Attributes
+    ----------
+    content
+        uint8: bytes of the shard, or some of them.
+    index
+        uint64 (slab, 2): where in `content` each slab begins, and its bytes, as in a shard's index. A slab without
+        bytes is all zero.
+    cached
+        It came from the local cache.
+    """
+
+    content: np.ndarray
+    index: np.ndarray
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class ShardFetcher:
+    """Knows where the shards of a store are and what is wanted of each.
+
+    Attributes
+    ----------
+    slabs
+        int64, in ascending order: the slabs wanted.
+    cache
+        Where fetched shards are kept, if anywhere.
+    """
+
+    store: VolumeStore
+    slabs: np.ndarray
+    cache: ShardCache | None = None
+    all_slabs: int = field(init=False)
+    largest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        depth, height, width = self.store.grid.shape_zyx
+        raw = self.store.slab * height * width
+        object.__setattr__(self, "all_slabs", depth // self.store.slab)
+        # What LZ4 makes of data that cannot be compressed; a larger file is none of ours, and not worth the memory.
+        most = self.all_slabs * (raw + raw // 255 + 16 + SLAB_HEADER + CRC_BYTES) + index_bytes(self.all_slabs)
+        object.__setattr__(self, "largest", most)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all slabs are wanted."""
+        return len(self.slabs) == self.all_slabs
+
+    def fetch(self, row: int, buffer: Buffer) -> Payload:
+        """Read what is wanted of a scan.
+
+        Parameters
+        ----------
+        buffer
+            Where the bytes go.
+
+        Raises
+        ------
+        OSError, ValueError
+            If the shard cannot be read, or its index is damaged.
+        """
+        if self.cache is not None:
+            try:
+                return self._read_file(self.cache.path(row), buffer, len(self.slabs), whole=True, cached=True)
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError):
+                self.cache.remove(row)
+        place = shard_path(self.store.path, row)
+        if isinstance(place, Path):
+            payload = self._read_file(place, buffer, self.all_slabs, whole=self.whole)
+        else:
+            payload = self._get(place, buffer)
+        if self.cache is not None:
+            self.cache.add(row, _as_shard(payload))
+        return payload
+
+    def forget(self, row: int) -> None:
+        """Remove a scan from the cache: its entry is damaged."""
+        if self.cache is not None:
+            self.cache.remove(row)
+
+    def _read_file(self, path: Path, buffer: Buffer, slabs: int, *, whole: bool, cached: bool = False) -> Payload:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is no regular file")
+            size = status.st_size
+            self._check_size(size, slabs)
+            if whole:
+                content = buffer.reserve(size)[:size]
+                _pread(descriptor, content, 0)
+                return Payload(content, _dense(read_index(content, slabs)), cached)
+            tail = np.empty(index_bytes(slabs), np.uint8)
+            _pread(descriptor, tail, size - len(tail))
+            index = self._wanted(tail, size)
+            runs = _runs(index)
+            content = buffer.reserve(sum(end - start for start, end in runs))
+            at = 0
+            for start, end in runs:
+                _pread(descriptor, content[at : at + end - start], start)
+                at += end - start
+            return Payload(content[:at], _moved(index, runs))
+        finally:
+            os.close(descriptor)
+
+    def _get(self, place: ObjectPath, buffer: Buffer) -> Payload:
+        if self.whole:
+            pieces = [place.read_bytes()]
+            self._check_size(len(pieces[0]), self.all_slabs)
+            runs = [(0, len(pieces[0]))]
+            index = read_index(np.frombuffer(pieces[0], np.uint8), self.all_slabs)
+            index = _dense(index)
+        else:
+            tail, size = place.read_tail(index_bytes(self.all_slabs))
+            self._check_size(size, self.all_slabs)
+            index = self._wanted(np.frombuffer(tail, np.uint8), size)
+            runs = _runs(index)
+            pieces = place.read_ranges(runs)
+        content = buffer.reserve(sum(map(len, pieces)))
+        at = 0
+        for piece, (start, end) in zip(pieces, runs, strict=True):
+            if len(piece) != end - start:
+                raise ValueError(f"bytes {start} to {end} were asked for, {len(piece)} came")
+            content[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
+        return Payload(content[:at], _moved(index, runs))
+
+    def _check_size(self, size: int, slabs: int) -> None:
+        if not index_bytes(slabs) <= size <= self.largest:
+            raise ValueError(f"the shard has {size} bytes, expected {index_bytes(slabs)} to {self.largest}")
+
+    def _wanted(self, tail: np.ndarray, size: int) -> np.ndarray:
+        """Return the index entries of the slabs that are wanted, all of them within the shard."""
+        index = _dense(read_index(tail, self.all_slabs))[self.slabs]
+        inside = (index[:, 1] <= size) & (index[:, 0] <= np.uint64(size) - np.minimum(index[:, 1], np.uint64(size)))
+        if not inside.all():
+            number = int(np.argmin(inside))
+            raise ValueError(f"slab {self.slabs[number]} lies outside the shard")
+        return index
+
+
+def _pread(descriptor: int, out: np.ndarray, offset: int) -> None:
+    done = 0
+    while done < len(out):
+        count = os.preadv(descriptor, [out[done:].data], offset + done)
+        if count == 0:
+            raise ValueError(f"the file ends {len(out) - done} bytes too early")
+        done += count
+
+
+def _dense(index: np.ndarray) -> np.ndarray:
+    """Turn entries of slabs that were left out into such without bytes."""
+    absent = index[:, 1] == _ABSENT
+    if not index[:, 1].all():
+        raise ValueError(f"slab {int(np.argmin(index[:, 1]))} has no bytes")
+    return np.where(absent[:, np.newaxis], np.uint64(0), index) if absent.any() else index
+
+
+def _runs(index: np.ndarray) -> list[tuple[int, int]]:
+    """Return stretches (start, end) of a shard that cover all its wanted slabs, in ascending order."""
+    runs: list[tuple[int, int]] = []
+    for start, nbytes in sorted(index.tolist()):
+        if not nbytes:
+            continue
+        if runs and start <= runs[-1][1] + _GAP:
+            runs[-1] = (runs[-1][0], max(runs[-1][1], start + nbytes))
+        else:
+            runs.append((start, start + nbytes))
+    return runs
+
+
+def _moved(index: np.ndarray, runs: list[tuple[int, int]]) -> np.ndarray:
+    """Return the index of slabs whose shard was read in stretches that now lie one after the other."""
+    if len(runs) == 1 and runs[0][0] == 0:
+        return index
+    moved = index.copy()
+    at = 0
+    for start, end in runs:
+        inside = (index[:, 1] > 0) & (index[:, 0] >= start) & (index[:, 0] < end)
+        moved[inside, 0] = index[inside, 0] - np.uint64(start) + np.uint64(at)
+        at += end - start
+    return moved
+
+
+def _as_shard(payload: Payload) -> bytes:
+    """Return the wanted slabs as a shard of their own."""
+    pieces, entries, at = [], [], 0
+    for start, nbytes in payload.index.tolist():
+        if nbytes:
+            pieces.append(payload.content[start : start + nbytes].tobytes())
+            entries.append((at, nbytes))
+            at += nbytes
+        else:
+            entries.append((int(_ABSENT), int(_ABSENT)))
+    index = np.array(entries, dtype="<u8").tobytes()
+    return b"".join([*pieces, index, int(google_crc32c.value(index)).to_bytes(CRC_BYTES, "little")])
