@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/probe $(DEMO)/embeddings.zarr --report $(DEMO)/report.html
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

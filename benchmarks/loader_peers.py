@@ -99,7 +99,7 @@ def prepare_peer(peer: Peer, source: Source, directory: Path) -> Path:
     Path
         Its folder in `directory`, absent for peers that write nothing.
     """
-    folder = directory / peer.name.lower().replace(" ", "-").replace(".", "")
+    folder = directory / peer.name.lower().replace(" ", "-")
     if peer.write is None:
         return folder
     wanted = {"store_id": source.store.attrs["store_id"], "rows": sorted(source.rows.tolist())}

@@ -1,6 +1,6 @@
 """CRC32C (Castagnoli) for code that numba compiles, at 57 GB/s a core where the CPU has AVX-512 and VPCLMULQDQ.
 
-There it is LLVM IR, compiled in 8 ms at import; elsewhere it is google_crc32c's C function (28 GB/s). Both go by one
+There it is LLVM IR, compiled in 10 ms at import; elsewhere it is google_crc32c's C function (28 GB/s). Both go by one
 symbol, so numba's cache on disk suits either.
 
 The method is that of Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel,

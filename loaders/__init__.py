@@ -1,6 +1,7 @@
 """Batches of brain volumes from a store, at the speed of the hardware."""
 
 from loaders.augment import Augmentation
+from loaders.dataset import Sample, VolumeDataset
 from loaders.errors import CorruptShardError, ShardError, SlowReadError
 from loaders.loader import Batch, Loader, open_loader
 from loaders.reader import VolumeReader
@@ -12,10 +13,12 @@ __all__ = [
     "Batch",
     "CorruptShardError",
     "Loader",
+    "Sample",
     "ShardError",
     "SlowReadError",
     "Timing",
     "View",
+    "VolumeDataset",
     "VolumeReader",
     "open_loader",
     "slices_of",

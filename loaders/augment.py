@@ -294,9 +294,8 @@ def _resample(image: torch.Tensor, positions: torch.Tensor, size: Sequence[int])
         part = offsets[start : start + step] + grid
         # On a CPU, torch shares out whole entries of a batch among its threads: make each plane one.
         entries = len(part) if on_cpu else 1
-        sampled = grid_sample(
-            image.expand(entries, 1, *size), part.view(entries, -1, *size[1:], components), align_corners=False
-        )
+        places = part.view(entries, -1, *size[1:], components)
+        sampled = grid_sample(image.expand(entries, 1, *size), places, align_corners=False)
         out[start : start + step] = sampled.view(len(part), *size[1:])
     return out
 

@@ -28,6 +28,7 @@ from loaders.views import View, cut
 logger = logging.getLogger("loaders")
 
 QUEUE_DEPTH = 2
+_CPU = torch.device("cpu")
 _MOST_SLABS = 65_535  # of a batch, in nvCOMP
 
 
@@ -203,7 +204,7 @@ def through_dali(
     """Pass decoded batches through a pipeline on the CPU."""
     # The pipeline reads our memory without a copy, and runs ahead by its queue: what is in flight must stay alive.
     plans: deque[tuple[BatchPlan, np.ndarray]] = deque()
-    kind = types.FLOAT if output.decoded_as == np.float32 else types.UINT8
+    kind = {"uint8": types.UINT8, "uint16": types.UINT16, "float32": types.FLOAT}[str(output.table(_CPU).dtype)]
 
     def feed() -> np.ndarray:
         plan, array = next(batches)

@@ -41,13 +41,16 @@ class Decoder:
         (planes, y, x) of a slab.
     depth
         Planes of a volume.
+    table
+        (256,), what each grey level becomes: uint8 itself, float32, or uint16 with the bits of a float of that size.
     gain, bias
-        What floating-point pictures hold is ``stored * gain + bias``.
+        Of a table of float32: it holds ``level * gain + bias``, which takes less time than looking it up.
     """
 
     picture: Picture
     slab_shape: tuple[int, int, int]
     depth: int
+    table: np.ndarray
     gain: float = 1.0
     bias: float = 0.0
 
@@ -57,7 +60,7 @@ class Decoder:
         Parameters
         ----------
         out
-            uint8 or float32, of the picture's shape, C-contiguous.
+            Of the picture's shape and the table's type, C-contiguous.
 
         Raises
         ------
@@ -68,24 +71,19 @@ class Decoder:
             self.decode_slowly(payload, out)
             return
         slabs, scratch = self.picture.slabs, _scratch(self.slab_shape)
-        if self.picture.axis < 0:
-            flat = out.reshape(len(slabs), -1)
-            if out.dtype == np.uint8:
-                fault, number = _decode_all(payload.content, payload.index, flat)
-            else:
-                fault, number = _decode_scaled(
-                    payload.content,
-                    payload.index,
-                    scratch.reshape(-1),
-                    flat,
-                    np.float32(self.gain),
-                    np.float32(self.bias),
-                )
-        else:
+        content, index = payload.content, payload.index
+        if self.picture.axis >= 0:
             fault, number = _decode_slices(
-                payload.content, payload.index, slabs, self.picture.axis, self.picture.positions, self.depth, scratch,
-                out, np.float32(self.gain), np.float32(self.bias),
-            )  # fmt: skip
+                content, index, slabs, self.picture.axis, self.picture.positions, self.depth, scratch, self.table, out
+            )
+        elif self.table.dtype == np.uint8:
+            fault, number = _decode_all(content, index, out.reshape(len(slabs), -1))
+        elif self.table.dtype == np.float32:
+            gain, bias = np.float32(self.gain), np.float32(self.bias)
+            fault, number = _decode_scaled(content, index, scratch.reshape(-1), out.reshape(len(slabs), -1), gain, bias)
+        else:
+            flat = out.reshape(len(slabs), -1)
+            fault, number = _decode_by_table(content, index, scratch.reshape(-1), flat, self.table)
         _refuse(fault, number, slabs)
 
     def decode_slowly(self, payload: Payload, out: np.ndarray) -> None:
@@ -100,7 +98,7 @@ class Decoder:
             pictures = np.moveaxis(pictures.take(self.picture.positions, self.picture.axis), self.picture.axis, 0)[
                 :, ::-1
             ]
-        out[...] = pictures if out.dtype == np.uint8 else pictures * np.float32(self.gain) + np.float32(self.bias)
+        out[...] = self.table[pictures]
 
     def _decode_slabs_slowly(self, payload: Payload, out: np.ndarray) -> None:
         planes = self.slab_shape[0]
@@ -244,9 +242,28 @@ def _scale(levels: np.ndarray, out: np.ndarray, gain: float, bias: float) -> Non
 
 
 @numba.njit(cache=True, nogil=True)
+def _decode_by_table(
+    content: np.ndarray, index: np.ndarray, scratch: np.ndarray, out: np.ndarray, table: np.ndarray
+) -> tuple[int, int]:
+    """Decode all slabs into `out` (slab, voxel), each grey level as the table says."""
+    for number in range(len(index)):
+        fault = _decode_slab(content, index, number, scratch)
+        if fault != _OK:
+            return fault, number
+        _look_up(scratch, table, out[number])
+    return _OK, 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _look_up(levels: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    for x in range(len(levels)):
+        out[x] = table[levels[x]]
+
+
+@numba.njit(cache=True, nogil=True)
 def _decode_slices(
     content: np.ndarray, index: np.ndarray, slabs: np.ndarray, axis: int, positions: np.ndarray, depth: int,
-    scratch: np.ndarray, out: np.ndarray, gain: float, bias: float,
+    scratch: np.ndarray, table: np.ndarray, out: np.ndarray,
 ) -> tuple[int, int]:  # fmt: skip
     """Decode slabs and write what they hold of slices across an axis to `out` (slice, height, width), upright."""
     planes, rows, _ = scratch.shape
@@ -260,17 +277,11 @@ def _decode_slices(
             if axis == 0:
                 if first <= at < first + planes:
                     for y in range(rows):
-                        _put(scratch[at - first, y], out[which, rows - 1 - y], gain, bias)
+                        _look_up(scratch[at - first, y], table, out[which, rows - 1 - y])
             elif axis == 1:
                 for z in range(planes):
-                    _put(scratch[z, at], out[which, depth - 1 - first - z], gain, bias)
+                    _look_up(scratch[z, at], table, out[which, depth - 1 - first - z])
             else:
                 for z in range(planes):
-                    _put(scratch[z, :, at], out[which, depth - 1 - first - z], gain, bias)
+                    _look_up(scratch[z, :, at], table, out[which, depth - 1 - first - z])
     return _OK, 0
-
-
-@numba.njit(cache=True, nogil=True)
-def _put(levels: np.ndarray, out: np.ndarray, gain: float, bias: float) -> None:
-    for x in range(len(levels)):
-        out[x] = levels[x] * gain + bias

@@ -18,11 +18,10 @@ from ingest.store import VolumeStore, open_store
 from loaders.augment import Augmentation
 from loaders.batches import BatchPool, loaded_batches
 from loaders.cache import ShardCache
-from loaders.decode import Decoder
 from loaders.fetch import Buffer, Payload, ShardFetcher
 from loaders.layout import check_layout
 from loaders.order import BatchPlan, Sampling
-from loaders.output import DTYPES, Output
+from loaders.output import Output, make_decoder, torch_dtype
 from loaders.select import balancing_weights, phenotype, select_rows, strata_of
 from loaders.threads import ScanThreads
 from loaders.timing import Timing
@@ -100,10 +99,8 @@ class Loader:
         self._resume = False
         self._participants = store.scans["participant"].to_numpy()
         self._sources = store.scans["source"].to_numpy()
-        depth, height, width = store.grid.shape_zyx
-        picture = output.picture
-        self._fetcher = ShardFetcher(store, picture.slabs, cache)
-        self._decoder = Decoder(picture, (store.slab, height, width), depth, *output.gain_and_bias())
+        self._fetcher = ShardFetcher(store, output.picture.slabs, cache)
+        self._decoder = make_decoder(store, output, device)
         self._inflates = backend == "dali" and device.type == "cuda"
         write: Callable[[Payload, Any, int], None] = self._write
         if self._inflates:
@@ -113,8 +110,9 @@ class Loader:
             write = self._ring.fill
         else:
             largest = min(sampling.batch_size, max(len(sampling.rows), 1))
-            decoded_as = output.decoded_as if device.type == "cpu" else np.dtype(np.uint8)
-            self._pool = BatchPool((largest, *picture.shape), decoded_as, pinned=device.type == "cuda")
+            self._pool = BatchPool(
+                (largest, *output.picture.shape), self._decoder.table.dtype, pinned=device.type == "cuda"
+            )
         self._threads = ScanThreads(threads, self._read, write, deadline=deadline, describe=self._describe)
 
     def __len__(self) -> int:
@@ -348,7 +346,7 @@ def open_loader(
     rank, world_size = _choose_rank(rank, world_size)
     sampling = Sampling(wanted, shuffle, seed, drawn, strata, batch_size, rank, world_size, drop_last)
     picture = plan_picture(opened.grid.shape_zyx, opened.slab, view, slices)
-    output = Output(picture, _dtype(dtype), mean, std, channels, channels_last, augmentation, seed)
+    output = Output(picture, torch_dtype(dtype), mean, std, channels, channels_last, augmentation, seed)
     cache = None if cache_dir is None else ShardCache(Path(cache_dir), cache_bytes, opened, picture.slabs)
     if threads is None:
         threads = min(8, len(os.sched_getaffinity(0))) if isinstance(opened.path, Path) else _REMOTE_THREADS
@@ -425,10 +423,3 @@ def _draws(
     if len(drawn) and not (np.isfinite(drawn).all() and (drawn >= 0).all() and drawn.sum() > 0):
         raise ValueError("weights must be finite, not negative, and not all zero")
     return drawn, None
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype is {dtype!s}, expected one of {', '.join(DTYPES)}")
-    return found

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ingest.store import VolumeStore
 from loaders.augment import Augmentation, augment
+from loaders.decode import Decoder
 from loaders.views import Picture, View
 
 DTYPES = {
@@ -67,11 +69,18 @@ class Output:
             return 1 / 255, 0.0
         return 1 / (255 * self.std), -self.mean / self.std
 
-    @property
-    def decoded_as(self) -> np.dtype:
-        """What threads write where the batch stays on the CPU: they scale while the voxels are in their cache."""
-        scaled = self.dtype is torch.float32 or self.augmentation is not None
-        return np.dtype(np.float32 if scaled else np.uint8)
+    def table(self, device: torch.device) -> np.ndarray:
+        """Return what threads make of each grey level, (256,).
+
+        On the CPU that is what the batch holds (of half-precision floats the bits, uint16), or what is augmented:
+        scaling takes the least time while voxels are in the cache. A GPU scales by itself, and gets bytes.
+        """
+        levels = torch.arange(256, dtype=torch.uint8)
+        if device.type != "cpu" or self.dtype is torch.uint8:
+            return levels.numpy()
+        if self.augmentation is not None or self.dtype is torch.float32:
+            return _scaled(levels, *self.gain_and_bias(), torch.float32).numpy()
+        return _scaled(levels, *self.gain_and_bias(), self.dtype).view(torch.uint16).numpy()
 
     def finish(self, images: torch.Tensor, epoch: int, positions: np.ndarray) -> torch.Tensor:
         """Turn decoded pictures into those of the batch, on the device where they are.
@@ -79,36 +88,24 @@ class Output:
         Parameters
         ----------
         images
-            uint8, or float32 that is scaled already, (scan, ...).
+            (scan, ...), as `table` says.
         epoch, positions
             With the seed, what the augmentation of each scan depends on.
         """
-        if self.dtype is not torch.uint8:
-            if images.dtype is torch.uint8:
-                images = self._scale(images)
-            if self.augmentation is not None:
-                keys = np.stack([np.full_like(positions, self.seed), np.full_like(positions, epoch), positions], axis=1)
-                images = augment(images, self.augmentation, keys, view=str(self.picture.view))
-                if (self.mean, self.std) != (0, 1):
-                    images = images.sub_(self.mean).div_(self.std)
+        if images.dtype is torch.uint16:
+            images = images.view(self.dtype)
+        if images.dtype is torch.uint8 and self.dtype is not torch.uint8:
+            dtype = torch.float32 if self.augmentation is not None else self.dtype
+            images = _scaled(images, *self.gain_and_bias(), dtype)
+        if self.augmentation is not None:
+            keys = np.stack([np.full_like(positions, self.seed), np.full_like(positions, epoch), positions], axis=1)
+            images = augment(images, self.augmentation, keys, view=str(self.picture.view))
+            if (self.mean, self.std) != (0, 1):
+                images = images.sub_(self.mean).div_(self.std)
             images = images.to(self.dtype)
         if self.channels is None:
             return images
         return self._with_channels(images)
-
-    def _scale(self, images: torch.Tensor) -> torch.Tensor:
-        """Scale scan by scan: a batch in float32 besides one in half precision would be much memory."""
-        gain, bias = self.gain_and_bias()
-        dtype = torch.float32 if self.augmentation is not None else self.dtype
-        out = torch.empty(images.shape, dtype=dtype, device=images.device)
-        for levels, scaled in zip(images, out, strict=True):
-            if dtype is torch.float32:
-                torch.mul(levels, gain, out=scaled)
-                if bias:
-                    scaled.add_(bias)
-            else:
-                scaled.copy_(levels.float().mul_(gain).add_(bias))
-        return out
 
     def _with_channels(self, images: torch.Tensor) -> torch.Tensor:
         assert self.channels is not None
@@ -124,3 +121,31 @@ class Output:
             return images.contiguous(memory_format=torch.channels_last_3d)
         flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return flat.unflatten(0, images.shape[:2])
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the number type that is meant, of `DTYPES`.
+
+    Raises
+    ------
+    ValueError
+        For any other.
+    """
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype is {dtype!s}, expected one of {', '.join(DTYPES)}")
+    return found
+
+
+def make_decoder(store: VolumeStore, output: Output, device: torch.device) -> Decoder:
+    """Return what decodes the scans of a store to what is wanted of them on a device."""
+    depth, height, width = store.grid.shape_zyx
+    return Decoder(output.picture, (store.slab, height, width), depth, output.table(device), *output.gain_and_bias())
+
+
+def _scaled(levels: torch.Tensor, gain: float, bias: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``levels * gain + bias``, computed in float32 scan by scan: that of a whole batch is much memory."""
+    out = torch.empty(levels.shape, dtype=dtype, device=levels.device)
+    for source, target in zip(levels, out, strict=True):
+        target.copy_(source.float().mul_(gain).add_(bias))
+    return out

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
-from loaders.decode import Decoder
 from loaders.fetch import Buffer, ShardFetcher
 from loaders.layout import check_layout
+from loaders.output import Output, make_decoder
 from loaders.select import check_rows
 from loaders.threads import as_shard_error
 from loaders.views import plan_picture
@@ -25,6 +26,8 @@ class VolumeReader:
         A version-1 store, or its path.
     view, slices
         See `loaders.open_loader`.
+    output
+        Instead of those: what shall become of the pictures, on the CPU; by default bytes as they are stored.
 
     Raises
     ------
@@ -33,14 +36,20 @@ class VolumeReader:
     """
 
     def __init__(
-        self, store: str | Place | VolumeStore, *, view: str = "volume", slices: int | Sequence[int] = 3
+        self,
+        store: str | Place | VolumeStore,
+        *,
+        view: str = "volume",
+        slices: int | Sequence[int] = 3,
+        output: Output | None = None,
     ) -> None:
         self.store = store if isinstance(store, VolumeStore) else open_store(store)
         check_layout(self.store)
-        depth, height, width = self.store.grid.shape_zyx
-        self.picture = plan_picture((depth, height, width), self.store.slab, view, slices)
+        if output is None:
+            output = Output(plan_picture(self.store.grid.shape_zyx, self.store.slab, view, slices))
+        self.picture = output.picture
         self._fetcher = ShardFetcher(self.store, self.picture.slabs)
-        self._decoder = Decoder(self.picture, (self.store.slab, height, width), depth)
+        self._decoder = make_decoder(self.store, output, torch.device("cpu"))
         self._buffer = Buffer()
 
     @property
@@ -49,7 +58,7 @@ class VolumeReader:
         return self.picture.shape
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return pictures as an array (scan, z, y, x) or (scan, slice, height, width) of uint8.
+        """Return pictures as an array (scan, z, y, x) or (scan, slice, height, width), uint8 or as `output` says.
 
         Raises
         ------
@@ -59,7 +68,7 @@ class VolumeReader:
             If a shard is damaged or missing.
         """
         wanted = check_rows(self.store, np.asarray(rows, dtype=np.int64).reshape(-1))
-        out = np.empty((len(wanted), *self.shape), np.uint8)
+        out = np.empty((len(wanted), *self.shape), self._decoder.table.dtype)
         for row, picture in zip(wanted.tolist(), out, strict=True):
             try:
                 self._decoder.decode(self._fetcher.fetch(row, self._buffer), picture)

@@ -17,6 +17,7 @@ from benchmarks.results import Report, Result
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file .*[.]tar'>:ResourceWarning"),  # webdataset leaves them to Python
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on machines of one core
+    pytest.mark.filterwarnings("ignore:.* is multi-threaded, use of fork:DeprecationWarning"),  # torch forks; 3.12 on
 ]
 
 
@@ -34,10 +35,11 @@ def source(directory):
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
 def test_peers_give_the_stored_pictures_of_each_row_once(peer, source, directory):
     folder = prepare_peer(peer, source, directory)
+    children = multiprocessing.active_children()
     allowed = 1 if ".nii.gz" in peer.stores or peer.package == "monai" else 0
     assert check_pictures(peer, source, folder, source.rows, workers=2) <= allowed
     assert check_pictures(peer, source, folder, source.rows[2:4]) <= allowed  # in this process, and of some rows
-    assert multiprocessing.active_children() == []
+    assert multiprocessing.active_children() == children
     assert 1e5 < stored_bytes(peer, source, folder) < 2.1e7
 
 
