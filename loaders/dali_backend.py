@@ -147,7 +147,7 @@ def inflated_on_gpu(
     @pipeline_def(
         batch_size=batch_size,
         num_threads=threads,
-        device_id=device.index or 0,
+        device_id=device.index,
         prefetch_queue_depth=QUEUE_DEPTH,
         exec_dynamic=True,  # counts references to its outputs: a batch is not overwritten while it is held
     )
@@ -156,10 +156,7 @@ def inflated_on_gpu(
             source=feed, num_outputs=3, batch=True, no_copy=True,
             dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 1],
         )  # fmt: skip
-        inflated = fn.decoders.inflate(
-            content.gpu(), chunk_offsets=offsets, chunk_sizes=sizes, shape=[planes, height, width],
-            dtype=types.UINT8, algorithm="LZ4", layout="DHW", sequence_axis_name="F",
-        )  # fmt: skip
+        inflated = _inflate(content, offsets, sizes, [planes, height, width])
         # At once: frames of slabs are a layout that other operators take for a video.
         return fn.reshape(inflated, shape=[slabs * planes, height, width, 1], layout="DHWC")
 
@@ -172,6 +169,20 @@ def inflated_on_gpu(
         timing.finish += time.perf_counter() - started
         yield plan, images
         del images, outputs
+
+
+def _inflate(content: Any, offsets: Any, sizes: Any, slab_shape: list[int]) -> Any:
+    """Inflate slabs on the GPU; frames of slabs, uint8. (Tests without a GPU put a decoder of the CPU here.)"""
+    return fn.decoders.inflate(
+        content.gpu(),
+        chunk_offsets=offsets,
+        chunk_sizes=sizes,
+        shape=slab_shape,
+        dtype=types.UINT8,
+        algorithm="LZ4",
+        layout="DHW",
+        sequence_axis_name="F",
+    )
 
 
 def inflate_arguments(slots: Sequence[Slot]) -> tuple[list[Any], list[np.ndarray], list[np.ndarray]]:

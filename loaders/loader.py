@@ -101,12 +101,12 @@ class Loader:
         self._sources = store.scans["source"].to_numpy()
         self._fetcher = ShardFetcher(store, output.picture.slabs, cache)
         self._decoder = make_decoder(store, output, device)
-        self._inflates = backend == "dali" and device.type == "cuda"
+        self._inflates = _inflates(backend, device)
         write: Callable[[Payload, Any, int], None] = self._write
         if self._inflates:
             from loaders.dali_backend import SlotRing
 
-            self._ring = SlotRing(self._decoder, self.timing, pinned=True)
+            self._ring = SlotRing(self._decoder, self.timing, pinned=device.type == "cuda")
             write = self._ring.fill
         else:
             largest = min(sampling.batch_size, max(len(sampling.rows), 1))
@@ -384,6 +384,11 @@ def choose_backend(backend: str, device: str | torch.device | None = None) -> tu
     if backend == "auto":
         backend = "dali" if installed and wanted.type == "cuda" else "torch"
     return backend, wanted
+
+
+def _inflates(backend: str, device: torch.device) -> bool:
+    """Tell whether compressed bytes go to the GPU and are inflated there."""
+    return backend == "dali" and device.type == "cuda"
 
 
 def _choose_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
