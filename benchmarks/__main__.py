@@ -1,4 +1,4 @@
-"""``python -m benchmarks loaders``, ``ingest`` or ``tables``"""
+"""``python -m benchmarks loaders``, ``loaders-gpu``, ``ingest`` or ``tables``; each imports what it alone needs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.ingest import run_ingest
-from benchmarks.loaders import run_loaders
 from benchmarks.results import save, show
-from benchmarks.tables import run_tables
 
 DIRECTORY = Path("build/benchmarks")
 
@@ -26,15 +23,51 @@ def loaders(
     scans: Annotated[int, typer.Option(min=8, help="Volumes to read.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads and processes.", show_default="cores")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Epochs of everything but MONAI.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Epochs of ours and the limit.")] = 5,
+    peers: Annotated[bool, typer.Option(help="Measure them, too.")] = True,
+    many: Annotated[int, typer.Option(min=100, help="Tiny scans over which memory is watched.")] = 100_000,
     directory: Directory = DIRECTORY / "loaders",
     json_file: JsonFile = None,
+    chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the speeds there (.png or .svg).")] = None,
 ) -> None:
-    """Read volumes in random order: ours, MONAI, and the limit."""
-    report = run_loaders(directory, scans=scans, batch_size=batch_size, workers=workers, repeats=repeats)
+    """Read scans in random order: ours, the peers, and the limit, with a warm and a cold page cache."""
+    from benchmarks.charts import bar_chart
+    from benchmarks.loaders import run_loaders
+
+    report = run_loaders(
+        directory, scans=scans, batch_size=batch_size, workers=workers, repeats=repeats, peers=peers, many=many
+    )
     show(report, Console())
+    memory = report.settings["memory"]
+    print(f"memory: {memory['volumes_mb']} MiB, at most {memory['volumes_limit_mb']}; over {memory['tiny_scans']} tiny "
+          f"scans {memory['tiny_mb']}, the first batch after {memory['tiny_start_s']} s")  # fmt: skip
     if json_file:
         save(report, json_file)
+    if chart:
+        bar_chart(report, chart)
+
+
+@app.command("loaders-gpu")
+def loaders_gpu(
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the benchmark itself.")] = "cuda",
+    scans: Annotated[int, typer.Option(min=4, help="Scans of each store.")] = 512,
+    shape: Annotated[tuple[int, int, int], typer.Option(help="Planes, rows, columns of a volume.")] = (160, 192, 160),
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    seconds: Annotated[float, typer.Option(min=0, help="Of each measurement.")] = 6.0,
+    directory: Directory = DIRECTORY / "loaders-gpu",
+    json_file: JsonFile = None,
+) -> None:
+    """Load onto a GPU: inflated there or decoded here, by thickness of slabs, with networks behind; 8 minutes."""
+    from benchmarks.loaders_gpu import run_loaders_gpu
+
+    report = run_loaders_gpu(directory, device=device, scans=scans, shape=shape, batch_size=batch_size, seconds=seconds)
+    show(report, Console())
+    for name, reason in report.settings["failures"].items():
+        print(f"failed: {name}: {reason.splitlines()[0]}")
+    if json_file:
+        save(report, json_file)
+    if report.settings["failures"]:
+        raise typer.Exit(1)
 
 
 @app.command("ingest")
@@ -45,6 +78,8 @@ def ingest_command(
     json_file: JsonFile = None,
 ) -> None:
     """Ingest archives: ours, nibabel with zarr-python, dask, and the limit."""
+    from benchmarks.ingest import run_ingest
+
     report = run_ingest(directory, scans=scans, repeats=repeats)
     show(report, Console())
     for machine, hours in report.settings["hours_for_40000_scans"].items():
@@ -61,6 +96,8 @@ def tables(
     json_file: JsonFile = None,
 ) -> None:
     """Handle a store of very many rows: inspect, open, withdraw, discover, join."""
+    from benchmarks.tables import run_tables
+
     report = run_tables(directory, rows=rows, repeats=repeats)
     show(report, Console())
     for name, seconds in report.settings["seconds"].items():

@@ -1,7 +1,8 @@
-"""Volumes a second: our loaders, a MONAI pipeline on the source files, and the bare limit, over the same scans.
+"""Scans a second: our loaders, everybody else's, and the bare limit, over the same scans in random order, in one run.
 
-Everything reads the same scans in the same random order, with the page cache warm. The source files of MONAI are the
-members of the archives, written out as plain .nii.gz, for it cannot read within a zip.
+The batches of peers are float32 in [0, 1], and so are ours where the two are compared; against the limit, which reads
+and decodes and no more, ours give bytes. With a warm page cache everything has been read before; with a cold one the
+system was told to forget the files.
 """
 
 from __future__ import annotations
@@ -16,110 +17,177 @@ import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 
+from benchmarks.loader_memory import measure_memory
+from benchmarks.loader_peers import PEERS, Peer, Source, check_pictures, open_peer, prepare_peer, stored_bytes
 from benchmarks.results import Report, Result
 from ingest import IngestSettings, ingest, open_store
 from ingest.decode import lz4_decompress_safe
 from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
 from ingest.simulate import simulate_cohort
-from ingest.store import VolumeStore
+from ingest.store import VolumeStore, package_versions
 from loaders import open_loader
 
-LIMIT = "limit (read + LZ4)"
-MONAI = "MONAI, float32"
+LIMIT = "limit (read + LZ4), uint8"
+BYTES, DALI, FLOATS = "ours, uint8", "ours, uint8, through DALI", "ours, float32"
+AXIAL, AXIAL_FLOATS = "ours, 3 axial slices, uint8", "ours, 3 axial slices, float32"
+PEER_SCANS = 64  # of those that take long, enough to measure them
+_COLD = ", cold"
 
 
 def run_loaders(
-    directory: Path, *, scans: int = 256, batch_size: int = 16, workers: int | None = None, repeats: int = 5
+    directory: Path,
+    *,
+    scans: int = 256,
+    batch_size: int = 16,
+    workers: int | None = None,
+    repeats: int = 5,
+    peers: bool = True,
+    many: int = 100_000,
 ) -> Report:
     """Measure reading `scans` volumes in random order.
 
     Parameters
     ----------
     directory
-        Holds the simulated cohort and its store; used again if they are there.
+        Holds the simulated cohort, its store, and what peers make of it; used again if they are there.
     workers
-        Threads of ours and of the limit, worker processes of MONAI; by default one per core.
+        Threads of ours and of the limit, worker processes of peers; by default one per core.
     repeats
-        Epochs of everything but MONAI, which is slow and gets one; they take turns.
+        Epochs of ours and the limit, which take turns. Peers get one over at most 64 scans, with the workers or, where
+        that may be faster, without any.
+    peers
+        Measure them.
+    many
+        Tiny scans over whose epoch memory is watched, see `benchmarks.loader_memory`.
 
     Raises
     ------
     ValueError
-        If MONAI's pictures and ours differ by more than a grey level: then they do not do the same work.
+        If a peer's pictures and ours differ by more than a grey level: then they do not do the same work.
     """
     workers = workers or len(os.sched_getaffinity(0))
     store, files = prepare(directory, scans)
     rows = np.random.default_rng(0).permutation(store.ok_rows[:scans])
-    largest_difference = compare_pictures(store, files, rows[:4])
-    if largest_difference > 1:
-        raise ValueError(f"MONAI's pictures differ from the store's by {largest_difference} grey levels, expected 1")
-
+    shards = [Path(str(shard_path(store.path, int(row)))) for row in rows]
     batch = np.empty((batch_size, *store.grid.shape_zyx), np.uint8)
+    speeds: dict[str, list[float]] = {}
     with ExitStack() as stack:
 
-        def ours(backend: str, scaled: torch.Tensor | None = None) -> Callable[[], int]:
-            opened = open_loader(store, rows=rows, batch_size=batch_size, backend=backend, threads=workers)
-            loader = stack.enter_context(opened)
-            if scaled is None:
-                return lambda: _consume(batch.images for batch in loader)
-            return lambda: _consume(torch.div(b.images, 255, out=scaled[: len(b.images)]) for b in loader)
+        def ours(**settings: Any) -> Callable[[], int]:
+            loader = open_loader(store, rows=rows, batch_size=batch_size, threads=workers, device="cpu", **settings)
+            stack.enter_context(loader)
+            return lambda: sum(int(batch.valid.sum()) for batch in loader)
 
         epochs = {
             LIMIT: lambda: _limit(store, rows, batch, workers),
-            "ours, torch, uint8": ours("torch"),
-            "ours, torch, float32": ours("torch", torch.empty(batch_size, *store.grid.shape_zyx)),
-            "ours, DALI, uint8": ours("dali"),
+            BYTES: ours(backend="torch"),
+            DALI: ours(backend="dali"),
+            FLOATS: ours(backend="torch", dtype="float32"),
+            AXIAL: ours(backend="torch", view="axial"),
+            AXIAL_FLOATS: ours(backend="torch", view="axial", dtype="float32"),
         }
-        speeds: dict[str, list[float]] = {name: [] for name in epochs}
         for repeat in range(repeats + 1):  # the first, which warms everything up, does not count
             for name, epoch in epochs.items():
                 speed = _speed(epoch, len(rows))
                 if repeat:
-                    speeds[name].append(speed)
-    speeds[MONAI] = [_speed(lambda: _consume(monai_batches(files, rows, batch_size, workers)), len(rows))]
+                    speeds.setdefault(name, []).append(speed)
+        for name in (LIMIT, BYTES, FLOATS, AXIAL):
+            for _ in range(max(1, repeats // 2)):
+                forget(shards)
+                speeds.setdefault(name + _COLD, []).append(_speed(epochs[name], len(rows)))
 
-    limit = median(speeds[LIMIT])
-    notes = {
-        LIMIT: "the same threads around the C library, nothing checked",
-        MONAI: "LoadImage, Orientation, crop, percentile scaling of .nii.gz; one epoch",
-    }
+    notes = {LIMIT: "the same threads around the C library, nothing checked"}
+    disk = {name: float(np.mean([shard.stat().st_size for shard in shards])) for name in epochs}
+    if peers:
+        source = Source(store, files, rows[:PEER_SCANS])
+        for peer in PEERS:
+            folder = prepare_peer(peer, source, directory / "peers")
+            difference = check_pictures(peer, source, folder, source.rows[:4])
+            if difference > 1:
+                raise ValueError(f"pictures of {peer.name} differ from the store's by {difference} grey levels, not 1")
+            name = f"{peer.name}, float32"
+            disk[name] = stored_bytes(peer, source, folder)
+            for ending, cold in (("", False), (_COLD, True)):
+                speed, used = _measure_peer(peer, source, folder, batch_size, workers, cold=cold)
+                speeds[name + ending] = [speed]
+                notes[name + ending] = f"{peer.stores}; {used} workers"
+    middle = {name: median(values) for name, values in speeds.items()}
     results = [
         Result(
             name,
-            round(median(values), 2),
-            "volumes/s",
+            round(middle[name], 2),
+            "scans/s",
             round(min(values), 2),
             round(max(values), 2),
-            limit_share=None if name in (LIMIT, MONAI) else round(median(values) / limit, 3),
+            limit_share=_share(name, middle),
             note=notes.get(name, ""),
         )
         for name, values in speeds.items()
     ]
-    monai = median(speeds[MONAI])
-    ratios = {"ours/monai": round(median(speeds["ours, torch, uint8"]) / monai, 2)}
-    ratios["ours as float32/monai"] = round(median(speeds["ours, torch, float32"]) / monai, 2)
-    ratios["ours through DALI/monai"] = round(median(speeds["ours, DALI, uint8"]) / monai, 2)
-    ratios["ours/limit"] = round(median(speeds["ours, torch, uint8"]) / limit, 3)
     settings = {
         "scans": len(rows),
         "batch_size": batch_size,
         "workers": workers,
         "repeats": repeats,
         "order": "random",
-        "page_cache": "warm",
-        "largest_difference_of_pictures": largest_difference,
-        "stored_mb_per_scan": round(np.mean([os.stat(str(shard_path(store.path, r))).st_size for r in rows]) / 1e6, 3),
-        "source_mb_per_scan": round(np.mean([files[int(r)].stat().st_size for r in rows]) / 1e6, 3),
+        "peer_scans": min(PEER_SCANS, len(rows)) if peers else 0,
+        "mb_on_disk_per_scan": {name: round(nbytes / 1e6, 3) for name, nbytes in disk.items()},
+        "peer_versions": package_versions("monai", "torchio", "webdataset", "h5py", "zarr", "torch"),
+        "memory": measure_memory(directory / "ukb.zarr", directory / "tiny", scans=many, batch_size=batch_size),
     }
-    return Report("loaders", settings, results, ratios)
+    return Report("loaders", settings, results, _ratios(middle))
+
+
+def _share(name: str, middle: dict[str, float]) -> float | None:
+    if not name.startswith("ours") or "axial" in name:
+        return None
+    return round(middle[name] / middle[LIMIT + (_COLD if name.endswith(_COLD) else "")], 3)
+
+
+def _ratios(middle: dict[str, float]) -> dict[str, float]:
+    """Return what the product promises, as ratios: floats to floats, bytes to the limit."""
+    ratios = {
+        "ours/limit": middle[BYTES] / middle[LIMIT],
+        "ours through DALI/limit": middle[DALI] / middle[LIMIT],
+        "3 axial slices/volumes": middle[AXIAL] / middle[BYTES],
+        "3 axial slices/volumes, float32": middle[AXIAL_FLOATS] / middle[FLOATS],
+        "cold: ours/limit": middle[BYTES + _COLD] / middle[LIMIT + _COLD],
+    }
+    for peer in PEERS:
+        name = f"{peer.name}, float32"
+        if name in middle:
+            ratios[f"ours/{peer.name.lower()}"] = middle[FLOATS] / middle[name]
+            ratios[f"cold: ours/{peer.name.lower()}"] = middle[FLOATS + _COLD] / middle[name + _COLD]
+    return {name: round(ratio, 3) for name, ratio in ratios.items()}
+
+
+def _measure_peer(
+    peer: Peer, source: Source, folder: Path, batch_size: int, workers: int, *, cold: bool
+) -> tuple[float, int]:
+    """Return scans a second of a peer, and with how many workers it was fastest."""
+    rows = source.rows[: peer.max_scans]
+    files = [source.files[int(row)] for row in rows] if peer.write is None else list(folder.rglob("*"))
+    best, used = 0.0, workers
+    for count in (workers, 0) if peer.try_without_workers else (workers,):
+        batches = open_peer(peer, source, folder, rows, batch_size=batch_size, workers=count)
+        if cold:
+            forget(path for path in files if path.is_file())
+        else:
+            for path in files:
+                if path.is_file():
+                    path.read_bytes()
+        speed = _speed(partial(_count, batches), len(rows))
+        if speed > best:
+            best, used = speed, count
+    return best, used
 
 
 def prepare(directory: Path, scans: int) -> tuple[VolumeStore, dict[int, Path]]:
@@ -151,43 +219,12 @@ def _extract_members(store: VolumeStore, directory: Path) -> None:
             (directory / "files" / f"{row}.nii.gz").write_bytes(opened.read(member))
 
 
-def monai_transform() -> Any:
-    """Return the pipeline that gives the store's pictures as float32 (1, x, y, z) in [0, 1]."""
-    from monai.transforms import Compose, LoadImage, Orientation, SpatialCrop
-
-    return Compose(
-        [
-            LoadImage(image_only=True, ensure_channel_first=True),
-            Orientation("RAS", labels=None),
-            SpatialCrop(roi_start=(11, 13, 11), roi_end=(171, 205, 171)),
-            scale_to_percentile,
-        ]
-    )
-
-
-def scale_to_percentile(image: Any) -> Any:
-    """Map the 99.9th percentile of the positive voxels to 1, as the store's default intensity rule does."""
-    values = image.numpy()
-    return (image / float(np.percentile(values[values > 0], 99.9))).clamp(0, 1)
-
-
-def monai_batches(files: dict[int, Path], rows: np.ndarray, batch_size: int, workers: int) -> Iterable[torch.Tensor]:
-    """Yield MONAI's batches of some rows, float32 (scan, 1, x, y, z)."""
-    from monai.data import DataLoader, Dataset
-
-    dataset = Dataset([str(files[int(row)]) for row in rows], monai_transform())
-    yield from DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-
-
-def compare_pictures(store: VolumeStore, files: dict[int, Path], rows: np.ndarray) -> int:
-    """Return the largest difference, in grey levels, between MONAI's pictures and the stored ones."""
-    transform = monai_transform()
-    differences = []
-    with open_loader(store, rows=rows, batch_size=1, backend="torch") as loader:
-        for row, batch in zip(rows, loader, strict=True):
-            theirs = torch.round(transform(str(files[int(row)]))[0].permute(2, 1, 0) * 255)
-            differences.append((batch.images[0].float() - theirs).abs().max())
-    return int(max(differences))
+def forget(files: Iterable[Path]) -> None:
+    """Have the system drop files from its page cache."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # what is not written yet cannot be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _limit(store: VolumeStore, rows: np.ndarray, batch: np.ndarray, threads: int) -> int:
@@ -219,8 +256,7 @@ def decode_unchecked(content: np.ndarray, index: np.ndarray, out: np.ndarray) ->
         lz4_decompress_safe(block, out.ctypes.data + number * out.shape[1], nbytes, out.shape[1])
 
 
-def _consume(batches: Iterable[torch.Tensor]) -> int:
-    """Go through batches and return how many scans they had."""
+def _count(batches: Iterable[Any]) -> int:
     return sum(len(batch) for batch in batches)
 
 

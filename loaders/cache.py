@@ -12,9 +12,10 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,11 @@ from ingest.store import VolumeStore
 
 logger = logging.getLogger("loaders")
 
-_USAGE = ".bytes"  # of all files together; changed under a lock
+_USAGE = ".bytes"  # see `_Usage`
+_DIGITS = 20
+_FOLDER = re.compile(r".+-[0-9a-f]{8}")
+_ENTRY = re.compile(r"[0-9]+-[0-9a-f]{8}")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 class ShardCache:
@@ -32,9 +37,9 @@ class ShardCache:
     Parameters
     ----------
     directory
-        The folder; it is made if it is not there.
+        The folder; it is made if it is not there. What else lies in it is neither counted nor touched.
     max_bytes
-        What all files in it may have together.
+        What all entries in it may have together.
     store
         Whose shards are kept. Entries of scans that changed, or are withdrawn, are removed.
     slabs
@@ -51,18 +56,20 @@ class ShardCache:
             raise ValueError(f"the cache's size is {max_bytes} bytes, expected more than 0")
         self.directory = Path(directory)
         self.max_bytes = max_bytes
-        self._scans = store.scans
-        self._folder = self.directory / f"{store.attrs['store_id']}-{zlib.crc32(slabs.astype('<i8').tobytes()):08x}"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        versions = (store.scans[name].tolist() for name in ("source", "source_size", "source_mtime", "scale"))
+        self._versions = list(zip(*versions, strict=True))
+        self._store_id = store.attrs["store_id"]
+        self._folder = self.directory / f"{self._store_id}-{zlib.crc32(slabs.astype('<i8').tobytes()):08x}"
         self._failed = False
-        with self._locked() as usage:
-            self._remove_outdated()
-            usage[0] = sum(size for _, _, size in self._files())
+        with self._not_failing():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._locked() as usage:
+                self._remove_outdated(store.scans["status"].to_numpy() == "ok")
+                usage.set(self._count())
 
     def path(self, row: int) -> Path:
         """Return where the entry of a scan is, if there is one; its name tells versions of the scan apart."""
-        scan = self._scans.iloc[row]
-        version = f"{scan['source']}|{scan['source_size']}|{scan['source_mtime']}|{scan['scale']}"
+        version = "|".join(map(str, self._versions[row]))
         return self._folder / f"{row}-{zlib.crc32(version.encode()):08x}"
 
     def add(self, row: int, content: bytes | memoryview) -> bool:
@@ -70,82 +77,134 @@ class ShardCache:
 
         A disk that cannot be written is told once and not used any more: a cache is no reason for a run to fail.
         """
-        size = len(content)
-        if self._failed or size > self.max_bytes:
+        if self._failed or len(content) > self.max_bytes:
             return False
-        path = self.path(row)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            with self._locked() as usage:
-                if path.exists():
-                    return True
-                if usage[0] + size > self.max_bytes:
-                    usage[0] -= self._make_room(usage[0] + size - self.max_bytes)
-                if usage[0] + size > self.max_bytes:
-                    return False
-                usage[0] += size  # before writing, which need not hold up others
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            self._failed = True
-            logger.warning("the cache in %s cannot be written and is not used: %s", self.directory, error)
-            return False
-        return True
+        with self._not_failing():
+            return self._add(self.path(row), content)
+        return False
 
     def remove(self, row: int) -> None:
         """Remove the entry of a scan, if there is one."""
-        path = self.path(row)
-        with self._locked() as usage, contextlib.suppress(FileNotFoundError):
-            size = path.stat().st_size
-            path.unlink()
-            usage[0] -= size
+        with self._not_failing(), self._locked() as usage:
+            usage.set(usage.bytes - _remove(self.path(row)))
+
+    def _add(self, path: Path, content: bytes | memoryview) -> bool:
+        size = len(content)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        with self._locked() as usage:
+            if path.exists():
+                return True
+            if usage.bytes + size > self.max_bytes:
+                usage.set(usage.bytes - self._make_room(usage.bytes + size - self.max_bytes))
+            if usage.bytes + size > self.max_bytes:
+                return False
+            usage.set(usage.bytes + size)
+            file = open(temporary, "xb")  # noqa: SIM115 - stays open when the folder's lock is released
+            fcntl.flock(file, fcntl.LOCK_EX)  # tells it from what a killed process has left
+            os.truncate(file.fileno(), size)  # whoever counts finds it in its full size
+        try:
+            with file:
+                file.write(content)
+                file.flush()
+                with self._locked() as usage:
+                    if path.exists():  # another process was faster
+                        usage.set(usage.bytes - _remove(temporary))
+                    else:
+                        temporary.replace(path)
+        except BaseException:
+            with self._locked() as usage:
+                usage.set(usage.bytes - _remove(temporary))
+            raise
+        return True
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[list[int]]:
-        """Give a list with the bytes in use, which may be changed; processes take turns."""
-        with open(self.directory / _USAGE, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            text = file.read()
-            usage = [int(text) if text.isdigit() else 0]
-            before = usage[0]
-            yield usage
-            if usage[0] != before or not text:
-                file.truncate(0)
-                file.write(b"%d" % max(0, usage[0]))
+    def _not_failing(self) -> Iterator[None]:
+        """Warn of errors of the disk, once, instead of raising them; nothing is added any more."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                logger.warning("the cache in %s cannot be written and is not used: %s", self.directory, error)
+            self._failed = True
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[_Usage]:
+        """Give what is in use, which may be changed; processes and threads take turns."""
+        descriptor = os.open(self.directory / _USAGE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield _Usage(descriptor, self._count)
+        finally:
+            os.close(descriptor)
+
+    def _count(self) -> int:
+        return sum(size for _, _, size in self._files())
 
     def _files(self) -> Iterator[tuple[Path, float, int]]:
-        """Yield path, time of writing and bytes of every entry of every store."""
-        for parent, _, names in os.walk(self.directory):
-            for name in names:
-                if name != _USAGE:
-                    path = Path(parent) / name
-                    with contextlib.suppress(FileNotFoundError):
-                        stat = path.stat()
-                        yield path, stat.st_mtime, stat.st_size
+        """Yield path, time of writing and bytes of every entry of every store, finished or not."""
+        for folder in os.scandir(self.directory):
+            if _FOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False):
+                for entry in os.scandir(folder):
+                    if _ENTRY.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name):
+                        with contextlib.suppress(FileNotFoundError):
+                            stat = entry.stat(follow_symlinks=False)
+                            yield Path(entry.path), stat.st_mtime, stat.st_size
 
-    def _remove_outdated(self) -> None:
+    def _remove_outdated(self, good: np.ndarray) -> None:
         """Remove entries of this store whose scan is not what it was, and what killed processes left half written."""
-        good = self._scans["status"].to_numpy() == "ok"
-        for path in list(self._folder.parent.glob(f"{self._folder.name.rpartition('-')[0]}-*/*")):
-            row = path.name.partition("-")[0]
-            current = (
-                row.isdigit() and int(row) < len(good) and good[int(row)] and path.name == self.path(int(row)).name
-            )
-            if not current:
-                path.unlink(missing_ok=True)
+        for path, _, _ in list(self._files()):
+            if _UNFINISHED.fullmatch(path.name):
+                if _is_abandoned(path):
+                    _remove(path)
+            elif path.parent.name.rpartition("-")[0] == self._store_id:
+                row = int(path.name.partition("-")[0])
+                if not (row < len(good) and good[row] and path.name == self.path(row).name):
+                    _remove(path)
 
     def _make_room(self, nbytes: int) -> int:
         """Remove entries of other stores, the oldest first, until so many bytes are free; return how many are."""
         freed = 0
-        for path, _, size in sorted(self._files(), key=lambda entry: entry[1]):
+        for path, _, _ in sorted(self._files(), key=lambda entry: entry[1]):
             if freed >= nbytes:
                 break
-            if path.parent != self._folder:
-                path.unlink(missing_ok=True)
-                freed += size
+            if path.parent != self._folder and _ENTRY.fullmatch(path.name):
+                freed += _remove(path)
         return freed
+
+
+class _Usage:
+    """The bytes of all entries together, in a file that is locked.
+
+    They are counted anew where the file does not say. A process that dies in between leaves too large a number, never
+    too small a one, if it tells of entries before it makes them and after it has removed them.
+    """
+
+    def __init__(self, descriptor: int, count: Callable[[], int]) -> None:
+        self._descriptor = descriptor
+        text = os.pread(descriptor, _DIGITS + 1, 0)
+        self.bytes = int(text) if len(text) == _DIGITS and text.isdigit() else count()
+
+    def set(self, nbytes: int) -> None:
+        """Write another number."""
+        self.bytes = max(0, nbytes)
+        os.pwrite(self._descriptor, b"%0*d" % (_DIGITS, self.bytes), 0)
+
+
+def _remove(path: Path) -> int:
+    """Remove a file, if there is one; return the bytes that it had."""
+    try:
+        size = path.stat().st_size
+        path.unlink()
+    except FileNotFoundError:
+        return 0
+    return size
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Tell whether nobody is writing a file any more."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 
-from ingest.decode import read_index
+from ingest.decode import COMPILED, read_index
 from ingest.places import ObjectPath
-from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
+from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_name, shard_path
 from ingest.store import VolumeStore
 from loaders.cache import ShardCache
+from loaders.files import read_shard
 
 _ABSENT = np.uint64(2**64 - 1)  # of an index entry: a slab that zarr left out, for it is all zero
 _GAP = 64 << 10  # bytes: reading so much that is not needed takes less time than another read
@@ -47,13 +49,14 @@ class Payload:
     index
         uint64 (slab, 2): where in `content` each slab begins, and its bytes, as in a shard's index. A slab without
         bytes is all zero.
-    cached
-        It came from the local cache.
     """
 
     content: np.ndarray
     index: np.ndarray
-    cached: bool = False
+
+
+def _unchecked(_: Payload) -> None:
+    """Let any payload pass."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,18 @@ class ShardFetcher:
         int64, in ascending order: the slabs wanted.
     cache
         Where fetched shards are kept, if anywhere.
+    check
+        Raises ValueError for a damaged payload. It is asked of what goes to the cache, and of what comes from there: such
+        an entry is fetched again, while the reader still waits no longer than its deadline.
     """
 
     store: VolumeStore
     slabs: np.ndarray
     cache: ShardCache | None = None
+    check: Callable[[Payload], None] = _unchecked
     all_slabs: int = field(init=False)
     largest: int = field(init=False)
+    _prefix: bytes | None = field(init=False)
 
     def __post_init__(self) -> None:
         depth, height, width = self.store.grid.shape_zyx
@@ -81,6 +89,8 @@ class ShardFetcher:
         # What LZ4 makes of data that cannot be compressed; a larger file is none of ours, and not worth the memory.
         most = self.all_slabs * (raw + raw // 255 + 16 + SLAB_HEADER + CRC_BYTES) + index_bytes(self.all_slabs)
         object.__setattr__(self, "largest", most)
+        path = self.store.path
+        object.__setattr__(self, "_prefix", os.fsencode(path) if COMPILED and isinstance(path, Path) else None)
 
     @property
     def whole(self) -> bool:
@@ -102,26 +112,39 @@ class ShardFetcher:
         """
         if self.cache is not None:
             try:
-                return self._read_file(self.cache.path(row), buffer, len(self.slabs), whole=True, cached=True)
+                payload = self._read_file(self.cache.path(row), buffer, len(self.slabs), whole=True)
+                self.check(payload)
+                return payload
             except FileNotFoundError:
                 pass
             except (OSError, ValueError):
                 self.cache.remove(row)
+        if self._prefix is not None and self.cache is None and (payload := self._read_compiled(row, buffer)):
+            return payload
         place = shard_path(self.store.path, row)
         if isinstance(place, Path):
             payload = self._read_file(place, buffer, self.all_slabs, whole=self.whole)
         else:
             payload = self._get(place, buffer)
         if self.cache is not None:
-            self.cache.add(row, _as_shard(payload))
+            self.check(payload)
+            self.cache.add(row, payload.content.data if self.whole else _as_shard(payload))
         return payload
 
-    def forget(self, row: int) -> None:
-        """Remove a scan from the cache: its entry is damaged."""
-        if self.cache is not None:
-            self.cache.remove(row)
+    def _read_compiled(self, row: int, buffer: Buffer) -> Payload | None:
+        """Read a file by compiled code; None if anything is wrong with it, which `_read_file` can put in words."""
+        path = np.frombuffer(b"%s/%s\0" % (self._prefix, shard_name(row).encode()), np.uint8)
+        index = np.empty((len(self.slabs), 2), np.uint64)
+        while True:
+            memory = buffer.memory
+            found = read_shard(path, self.all_slabs, self.slabs, _GAP, self.largest, memory, index)
+            if found > 0:
+                return Payload(memory[:found], index)
+            if found >= -1:
+                return None
+            buffer.reserve(-found)
 
-    def _read_file(self, path: Path, buffer: Buffer, slabs: int, *, whole: bool, cached: bool = False) -> Payload:
+    def _read_file(self, path: Path, buffer: Buffer, slabs: int, *, whole: bool) -> Payload:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             status = os.fstat(descriptor)
@@ -132,7 +155,7 @@ class ShardFetcher:
             if whole:
                 content = buffer.reserve(size)[:size]
                 _pread(descriptor, content, 0)
-                return Payload(content, _dense(read_index(content, slabs)), cached)
+                return Payload(content, _dense(read_index(content, slabs)))
             tail = np.empty(index_bytes(slabs), np.uint8)
             _pread(descriptor, tail, size - len(tail))
             index = self._wanted(tail, size)
@@ -148,11 +171,10 @@ class ShardFetcher:
 
     def _get(self, place: ObjectPath, buffer: Buffer) -> Payload:
         if self.whole:
-            pieces = [place.read_bytes()]
-            self._check_size(len(pieces[0]), self.all_slabs)
-            runs = [(0, len(pieces[0]))]
-            index = read_index(np.frombuffer(pieces[0], np.uint8), self.all_slabs)
-            index = _dense(index)
+            shard, size = place.read_tail(self.largest)  # no more, however large the object is
+            self._check_size(size, self.all_slabs)
+            pieces, runs = [shard], [(0, size)]
+            index = _dense(read_index(np.frombuffer(shard, np.uint8), self.all_slabs))
         else:
             tail, size = place.read_tail(index_bytes(self.all_slabs))
             self._check_size(size, self.all_slabs)
@@ -192,11 +214,11 @@ def _pread(descriptor: int, out: np.ndarray, offset: int) -> None:
 
 
 def _dense(index: np.ndarray) -> np.ndarray:
-    """Turn entries of slabs that were left out into such without bytes."""
-    absent = index[:, 1] == _ABSENT
+    """Turn entries of slabs that were left out into such without bytes; the result is always of the same layout."""
+    absent = (index == _ABSENT).all(axis=1)
     if not index[:, 1].all():
         raise ValueError(f"slab {int(np.argmin(index[:, 1]))} has no bytes")
-    return np.where(absent[:, np.newaxis], np.uint64(0), index) if absent.any() else index
+    return np.where(absent[:, np.newaxis], np.uint64(0), index)
 
 
 def _runs(index: np.ndarray) -> list[tuple[int, int]]:

@@ -96,11 +96,11 @@ class Loader:
         self._skip_errors = skip_errors
         self._position = 0  # scans of the pass under way, or of the next one, that are done
         self._under_way: int | None = None  # epoch of the pass under way
-        self._resume = False
+        self._resume: int | None = None  # epoch of a pass to go on with, which another loader began
         self._participants = store.scans["participant"].to_numpy()
         self._sources = store.scans["source"].to_numpy()
-        self._fetcher = ShardFetcher(store, output.picture.slabs, cache)
         self._decoder = make_decoder(store, output, device)
+        self._fetcher = ShardFetcher(store, output.picture.slabs, cache, self._decoder.check)
         self._inflates = _inflates(backend, device)
         write: Callable[[Payload, Any, int], None] = self._write
         if self._inflates:
@@ -120,8 +120,8 @@ class Loader:
         return len(self.sampling)
 
     def __iter__(self) -> Iterator[Batch]:
-        start, self._resume = (self._position if self._resume else 0), False
         epoch = self.epoch
+        start, self._resume = (self._position if self._resume == epoch else 0), None
         self.epoch += 1
         self._under_way, self._position = epoch, start
         timing = self.timing
@@ -152,10 +152,9 @@ class Loader:
         loaded where those are others.
         """
         epoch, position = (self.epoch, 0) if self._under_way is None else (self._under_way, self._position)
-        if self._resume:
+        if self._resume == self.epoch:
             epoch, position = self.epoch, self._position
-        if position and position >= len(self.sampling.rows):
-            epoch, position = epoch + 1, 0
+        epoch, position = self._not_done(int(epoch), int(position))
         return {"version": 1, "epoch": epoch, "position": position, **self.sampling.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,8 +173,12 @@ class Loader:
                     f"the state was saved with {name} {state.get(name)!r}, this loader has {value!r}; open it with the "
                     "same rows, seed and sampling"
                 )
-        self.epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._under_way, self._resume = None, True
+        self.epoch, self._position = self._not_done(int(state["epoch"]), int(state["position"]))
+        self._under_way, self._resume = None, self.epoch
+
+    def _not_done(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return a place in the passes, or the start of the next one if none of this loader's batches follows."""
+        return (epoch + 1, 0) if position and self.sampling.is_done(position) else (epoch, position)
 
     def _images(self, plans: Iterator[BatchPlan], epoch: int) -> Generator[tuple[BatchPlan, torch.Tensor]]:
         skipped = self.skipped if self._skip_errors else None

@@ -40,9 +40,9 @@ def epoch_order(
     if not len(rows):
         return rows
     if weights is not None:
-        bounds = np.cumsum(weights / weights.sum())
-        drawn = np.searchsorted(bounds, rng.random(len(rows)), side="right")
-        return rows[np.minimum(drawn, len(rows) - 1)]  # the last bound may be below 1 by rounding
+        bounds = np.cumsum(weights / weights.max())  # the sum of the weights themselves may overflow
+        bounds /= bounds[-1]  # so that the last is 1, and no row of weight 0 lies below it
+        return rows[np.searchsorted(bounds, rng.random(len(rows)), side="right")]
     if not shuffle:
         return rows
     if strata is None:
@@ -88,10 +88,17 @@ class Sampling:
             raise ValueError(f"batch_size is {self.batch_size}, expected 1 or more")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank is {self.rank} of world_size {self.world_size}, expected 0 <= rank < world_size")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more")
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         return count_batches(len(self.rows), self.batch_size, world_size=self.world_size, drop_last=self.drop_last)
+
+    def is_done(self, taken: int) -> bool:
+        """Tell whether an epoch of which so many scans are taken has no more batches."""
+        rest = max(0, len(self.rows) - taken)
+        return not count_batches(rest, self.batch_size, world_size=self.world_size, drop_last=self.drop_last)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[BatchPlan]:
         """Yield this rank's batches of an epoch, from that of which `start` scans are done."""
@@ -113,7 +120,7 @@ class Sampling:
         for part in (self.weights, self.strata):
             if part is not None:
                 digest = zlib.crc32(np.ascontiguousarray(part).tobytes(), digest)
-        return {"seed": self.seed, "shuffle": self.shuffle, "scans": len(self.rows), "digest": digest}
+        return {"seed": int(self.seed), "shuffle": bool(self.shuffle), "scans": len(self.rows), "digest": digest}
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def plan_batches(
     """Cut an epoch into batches and yield those of one rank.
 
     The ranks take turns, a batch each. What is left at the end is shared out evenly; a rank that gets a scan less than
-    the others repeats one, which is marked. So all ranks have the same number of batches, of the same sizes.
+    the others is given one of theirs, which is marked. So all ranks have the same number of batches, of the same sizes.
 
     Parameters
     ----------
@@ -172,8 +179,8 @@ def plan_batches(
         end = min(begin + together, len(order))
         if end - begin < together and drop_last:
             return
-        size = -(-(end - begin) // world_size)
-        positions = begin + rank * size + np.arange(size)
-        valid = positions < end
-        positions = np.where(valid, positions, begin)
+        share, more = divmod(end - begin, world_size)  # so many ranks get one more
+        size = share + (1 if more else 0)
+        valid = np.arange(size) < share + (1 if rank < more else 0)
+        positions = np.where(valid, begin + rank * share + min(rank, more) + np.arange(size), begin)
         yield BatchPlan(order[positions], positions, valid, end)

@@ -34,7 +34,8 @@ def select_rows(
     IndexError
         If one of `rows` is not in the store, or holds no volume.
     ValueError
-        For a mask of another length, a condition that cannot be evaluated, or an unknown phenotype.
+        For rows that are no whole numbers, a mask of another length, a condition that cannot be evaluated, or an
+        unknown phenotype.
     """
     if rows is None:
         wanted = store.ok_rows
@@ -44,6 +45,8 @@ def select_rows(
             if given.shape != (len(store.scans),):
                 raise ValueError(f"the mask of rows has shape {given.shape}, expected ({len(store.scans)},)")
             given = np.flatnonzero(given & (store.scans["status"].to_numpy() == "ok"))
+        if given.size and not np.issubdtype(given.dtype, np.integer):
+            raise ValueError(f"rows are {given.dtype}, expected whole numbers, or a mask of bool")
         wanted = check_rows(store, given.astype(np.int64).reshape(-1))
     for name in known:
         wanted = wanted[~np.isnan(phenotype(store, name)[wanted])]

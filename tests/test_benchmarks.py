@@ -1,16 +1,19 @@
-"""The benchmark runs, compares like with like, and writes what it promises. How fast anything is, no test says."""
+"""The benchmarks run, compare like with like, and write what they promise. How fast anything is, no test says."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks import loaders
-from benchmarks.loaders import compare_pictures, prepare
+from benchmarks.loader_memory import make_tiny_store, measure_memory
+from benchmarks.loaders import forget, prepare
 from ingest.shard import index_bytes, shard_path
 from loaders import VolumeReader
 
@@ -22,14 +25,21 @@ def directory(tmp_path_factory):
     return folder
 
 
-def test_monais_pictures_are_the_stored_ones(directory):
+def run(*arguments: str | Path) -> tuple[str, dict[str, Any]]:
+    """Run a benchmark and return what it prints and what it writes."""
+    report = Path(arguments[arguments.index("--json") + 1])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(report.read_text())
+
+
+def test_the_cohort_is_made_once(directory):
     before = (directory / "ukb.zarr" / "zarr.json").stat().st_mtime_ns
-    store, files = prepare(directory, 8)  # found there, not made again
+    _, files = prepare(directory, 8)
     assert (directory / "ukb.zarr" / "zarr.json").stat().st_mtime_ns == before
     assert len(files) >= 8
-    assert compare_pictures(store, files, store.ok_rows[:2]) <= 1
-    swapped = {row: files[int(store.ok_rows[-1])] for row in files}
-    assert compare_pictures(store, swapped, store.ok_rows[:1]) > 1
 
 
 def test_the_limit_decodes_every_byte(directory):
@@ -44,18 +54,87 @@ def test_the_limit_decodes_every_byte(directory):
         np.testing.assert_array_equal(out, reader.read([row])[0])
 
 
-def test_command(directory, tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "loaders", "--scans", "8", "--batch-size", "3", "--repeats", "1"]
-    command += ["--directory", str(directory), "--json", str(tmp_path / "r.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "ours/monai" in done.stdout
-    report = json.loads((tmp_path / "r.json").read_text())
+def test_files_are_forgotten_by_the_system_and_not_by_us(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    forget([path])
+    assert path.read_bytes() == b"abc"
+
+
+def test_loaders(directory, tmp_path):
+    printed, report = run(
+        "loaders", "--scans", "8", "--batch-size", "3", "--repeats", "1", "--no-peers", "--many", "100",
+        "--directory", directory, "--json", tmp_path / "r.json", "--chart", tmp_path / "c.png",
+    )  # fmt: skip
+    assert "ours/limit" in printed
     assert report["machine"]["cores"] >= 1
     assert report["settings"]["scans"] == 8
-    assert {"name", "value", "unit"} <= set(report["results"][0])
     speeds = {result["name"]: result["value"] for result in report["results"]}
     assert all(value > 0 for value in speeds.values())
-    ours, monai = speeds["ours, torch, uint8"], speeds[loaders.MONAI]
-    assert report["ratios"]["ours/monai"] == pytest.approx(ours / monai, rel=0.01)
+    assert {loaders.LIMIT, loaders.BYTES, loaders.FLOATS, loaders.AXIAL, f"{loaders.BYTES}, cold"} <= set(speeds)
+    assert report["ratios"]["ours/limit"] == pytest.approx(speeds[loaders.BYTES] / speeds[loaders.LIMIT], rel=0.01)
     assert str(tmp_path.parent) not in json.dumps(report["machine"])
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peers_are_measured_and_compared(directory, monkeypatch):
+    wanted = [peer for peer in loaders.PEERS if peer.name in ("npy", "MONAI")]
+    monkeypatch.setattr(loaders, "PEERS", tuple(wanted))
+    report = loaders.run_loaders(directory, scans=8, batch_size=4, repeats=1, many=100)
+    values = {result.name: result.value for result in report.results}
+    for peer in ("npy", "MONAI"):
+        assert report.ratios[f"ours/{peer.lower()}"] == pytest.approx(
+            values[loaders.FLOATS] / values[f"{peer}, float32"], rel=0.01
+        )
+        assert f"{peer}, float32, cold" in values
+    assert report.settings["mb_on_disk_per_scan"]["npy, float32"] == pytest.approx(4.915, abs=0.01)
+
+
+def test_a_peer_that_gives_other_pictures_is_not_measured(directory, monkeypatch):
+    monkeypatch.setattr(loaders, "check_pictures", lambda *_: 7)
+    with pytest.raises(ValueError, match="differ from the store's by 7 grey levels"):
+        loaders.run_loaders(directory, scans=8, repeats=1, many=100)
+
+
+def test_memory_is_watched(directory, tmp_path):
+    found = measure_memory(directory / "ukb.zarr", tmp_path / "tiny", scans=200, batch_size=4)
+    volume = 160 * 192 * 160 * 4 / (1 << 20)
+    assert found["volumes_limit_mb"] == pytest.approx(3 * 4 * volume + 256, abs=1)
+    assert found["volumes_mb"] >= 4 * volume, "a batch at least is there"
+    assert len(found["tiny_mb"]) >= 10
+    make_tiny_store(tmp_path / "tiny", 200)  # found there
+    with VolumeReader(tmp_path / "tiny") as reader:
+        assert len(reader.store.ok_rows) == 200
+        assert reader.read([199]).sum() == reader.read([0]).sum() > 0
+
+
+def test_loaders_gpu_runs_without_one(tmp_path):
+    _, report = run(
+        "loaders-gpu", "--device", "cpu", "--scans", "5", "--shape", "16", "24", "16", "--batch-size", "2",
+        "--seconds", "0", "--directory", tmp_path / "g", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    names = {result["name"] for result in report["results"]}
+    assert {f"inflated there, slabs of {slab}" for slab in (2, 4, 8, 16)} <= names
+    assert {"limit: copy of voxels", "resnet18, resident", "r3d_18, dali"} <= names
+    assert report["settings"]["failures"] == {}
+    assert report["settings"]["fastest_slab"] in (2, 4, 8, 16)
+    assert {"resnet18: dali/resident", "r3d_18: torch/resident"} <= set(report["ratios"])
+
+
+def test_loaders_gpu_goes_on_when_something_fails(tmp_path, monkeypatch):
+    from benchmarks import loaders_gpu
+
+    def fail(*_: Any, **options: Any) -> Any:
+        if options.get("backend") == "dali":
+            raise RuntimeError("no inflate here")
+        return opened(*_, **options)
+
+    opened = loaders_gpu.open_loader
+    monkeypatch.setattr(loaders_gpu, "open_loader", fail)
+    report = loaders_gpu.run_loaders_gpu(
+        tmp_path, device="cpu", scans=4, shape=(16, 24, 16), slabs=(4,), batch_size=2, seconds=0
+    )
+    assert "no inflate here" in report.settings["failures"]["inflated there, slabs of 4"]
+    names = {result.name for result in report.results}
+    assert "decoded on the CPU, slabs of 4" in names
+    assert "resnet18, torch" in names
