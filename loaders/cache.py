@@ -89,32 +89,36 @@ class ShardCache:
             usage.set(usage.bytes - _remove(self.path(row)))
 
     def _add(self, path: Path, content: bytes | memoryview) -> bool:
-        size = len(content)
+        size, descriptor = len(content), -1
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        with self._locked() as usage:
-            if path.exists():
-                return True
-            if usage.bytes + size > self.max_bytes:
-                usage.set(usage.bytes - self._make_room(usage.bytes + size - self.max_bytes))
-            if usage.bytes + size > self.max_bytes:
-                return False
-            usage.set(usage.bytes + size)
-            file = open(temporary, "xb")  # noqa: SIM115 - stays open when the folder's lock is released
-            fcntl.flock(file, fcntl.LOCK_EX)  # tells it from what a killed process has left
-            os.truncate(file.fileno(), size)  # whoever counts finds it in its full size
         try:
-            with file:
-                file.write(content)
-                file.flush()
-                with self._locked() as usage:
-                    if path.exists():  # another process was faster
-                        usage.set(usage.bytes - _remove(temporary))
-                    else:
-                        temporary.replace(path)
-        except BaseException:
             with self._locked() as usage:
-                usage.set(usage.bytes - _remove(temporary))
+                if path.exists():
+                    return True
+                if usage.bytes + size > self.max_bytes:
+                    usage.set(usage.bytes - self._make_room(usage.bytes + size - self.max_bytes))
+                if usage.bytes + size > self.max_bytes:
+                    return False
+                usage.set(usage.bytes + size)
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells it from what a killed process has left
+                os.truncate(descriptor, size)  # whoever counts finds it in its full size
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            with self._locked() as usage:
+                if path.exists():  # another process was faster
+                    usage.set(usage.bytes - _remove(temporary))
+                else:
+                    temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            with self._locked() as usage:
+                usage.set(self._count())
             raise
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
         return True
 
     @contextlib.contextmanager
@@ -142,13 +146,14 @@ class ShardCache:
 
     def _files(self) -> Iterator[tuple[Path, float, int]]:
         """Yield path, time of writing and bytes of every entry of every store, finished or not."""
-        for folder in os.scandir(self.directory):
-            if _FOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False):
-                for entry in os.scandir(folder):
-                    if _ENTRY.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name):
-                        with contextlib.suppress(FileNotFoundError):
-                            stat = entry.stat(follow_symlinks=False)
-                            yield Path(entry.path), stat.st_mtime, stat.st_size
+        for folder in self.directory.iterdir():
+            if _FOLDER.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if _ENTRY.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name):
+                            with contextlib.suppress(FileNotFoundError):
+                                stat = entry.stat(follow_symlinks=False)
+                                yield Path(entry.path), stat.st_mtime, stat.st_size
 
     def _remove_outdated(self, good: np.ndarray) -> None:
         """Remove entries of this store whose scan is not what it was, and what killed processes left half written."""

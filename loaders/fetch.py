@@ -70,8 +70,8 @@ class ShardFetcher:
     cache
         Where fetched shards are kept, if anywhere.
     check
-        Raises ValueError for a damaged payload. It is asked of what goes to the cache, and of what comes from there: such
-        an entry is fetched again, while the reader still waits no longer than its deadline.
+        Raises ValueError for a damaged payload. Asked of what goes to the cache, and of what comes from there: such an
+        entry is fetched again.
     """
 
     store: VolumeStore
@@ -112,9 +112,9 @@ class ShardFetcher:
         """
         if self.cache is not None:
             try:
-                payload = self._read_file(self.cache.path(row), buffer, len(self.slabs), whole=True)
-                self.check(payload)
-                return payload
+                kept = self._read_file(self.cache.path(row), buffer, len(self.slabs), whole=True)
+                self.check(kept)
+                return kept
             except FileNotFoundError:
                 pass
             except (OSError, ValueError):
@@ -138,9 +138,9 @@ class ShardFetcher:
         while True:
             memory = buffer.memory
             found = read_shard(path, self.all_slabs, self.slabs, _GAP, self.largest, memory, index)
-            if found > 0:
+            if found > 0 and index[:, 1].all():
                 return Payload(memory[:found], index)
-            if found >= -1:
+            if found >= -1:  # or a slab was left out: `_read_file` looks closer whether it was
                 return None
             buffer.reserve(-found)
 
@@ -155,7 +155,7 @@ class ShardFetcher:
             if whole:
                 content = buffer.reserve(size)[:size]
                 _pread(descriptor, content, 0)
-                return Payload(content, _dense(read_index(content, slabs)))
+                return Payload(content, _dense(read_index(content, slabs), self.slabs))
             tail = np.empty(index_bytes(slabs), np.uint8)
             _pread(descriptor, tail, size - len(tail))
             index = self._wanted(tail, size)
@@ -174,7 +174,7 @@ class ShardFetcher:
             shard, size = place.read_tail(self.largest)  # no more, however large the object is
             self._check_size(size, self.all_slabs)
             pieces, runs = [shard], [(0, size)]
-            index = _dense(read_index(np.frombuffer(shard, np.uint8), self.all_slabs))
+            index = _dense(read_index(np.frombuffer(shard, np.uint8), self.all_slabs), self.slabs)
         else:
             tail, size = place.read_tail(index_bytes(self.all_slabs))
             self._check_size(size, self.all_slabs)
@@ -196,7 +196,7 @@ class ShardFetcher:
 
     def _wanted(self, tail: np.ndarray, size: int) -> np.ndarray:
         """Return the index entries of the slabs that are wanted, all of them within the shard."""
-        index = _dense(read_index(tail, self.all_slabs))[self.slabs]
+        index = _dense(read_index(tail, self.all_slabs)[self.slabs], self.slabs)
         inside = (index[:, 1] <= size) & (index[:, 0] <= np.uint64(size) - np.minimum(index[:, 1], np.uint64(size)))
         if not inside.all():
             number = int(np.argmin(inside))
@@ -213,11 +213,11 @@ def _pread(descriptor: int, out: np.ndarray, offset: int) -> None:
         done += count
 
 
-def _dense(index: np.ndarray) -> np.ndarray:
+def _dense(index: np.ndarray, slabs: np.ndarray) -> np.ndarray:
     """Turn entries of slabs that were left out into such without bytes; the result is always of the same layout."""
     absent = (index == _ABSENT).all(axis=1)
     if not index[:, 1].all():
-        raise ValueError(f"slab {int(np.argmin(index[:, 1]))} has no bytes")
+        raise ValueError(f"slab {slabs[np.argmin(index[:, 1])]} has no bytes")
     return np.where(absent[:, np.newaxis], np.uint64(0), index)
 
 

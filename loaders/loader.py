@@ -31,7 +31,7 @@ BACKENDS = ("auto", "dali", "torch")
 _REMOTE_THREADS = 16  # they wait for the network most of the time
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning sets the fields when it moves a batch to a device
 class Batch:
     """Some scans.
 
@@ -71,6 +71,8 @@ class Loader:
     backend, device
         What was chosen.
     """
+
+    batch_sampler = None  # Lightning asks for it where there is a sampler
 
     def __init__(
         self,
@@ -118,6 +120,15 @@ class Loader:
     def __len__(self) -> int:
         """Batches in a pass."""
         return len(self.sampling)
+
+    @property
+    def sampler(self) -> Loader:
+        """The loader itself: Lightning tells the samplers of loaders which epoch begins."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be that of an epoch; one that `load_state_dict` has led into goes on."""
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +56,10 @@ class Output:
             raise ValueError(f"channels is {self.channels}, expected None, 1 or 3")
         if self.channels_last and self.channels is None:
             raise ValueError("channels_last needs an axis of channels: set channels to 1 or 3")
-        if not self.std > 0:
-            raise ValueError(f"std is {self.std}, expected more than 0")
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"std is {self.std}, expected a number above 0")
+        if not math.isfinite(self.mean):
+            raise ValueError(f"mean is {self.mean}, expected a finite number")
         if self.dtype is torch.uint8:
             if (self.mean, self.std) != (0, 1):
                 raise ValueError("uint8 pictures are not normalised: leave mean and std, or choose a floating dtype")

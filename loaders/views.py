@@ -79,14 +79,18 @@ def plan_picture(
     chosen = View(view)
     axis = _AXES[chosen]
     length = shape_zyx[axis]
-    if isinstance(slices, int):
+    given = np.asarray(slices)
+    if given.size and not np.issubdtype(given.dtype, np.integer):
+        raise ValueError(f"slices is {slices!r}, expected a whole number, or several")
+    if given.ndim == 0:
+        slices = int(given)
         if not 1 <= slices <= length:
             raise ValueError(f"slices is {slices}, expected 1 to {length} of a {chosen} view")
         positions = slice_positions(length, slices)
     else:
-        positions = np.asarray(slices, dtype=np.int64).reshape(-1)
+        positions = given.astype(np.int64).reshape(-1)
         if not len(positions) or positions.min() < 0 or positions.max() >= length:
-            raise ValueError(f"slices are {list(slices)}, expected numbers from 0 to {length - 1} of a {chosen} view")
+            raise ValueError(f"slices are {given.tolist()}, expected numbers from 0 to {length - 1} of a {chosen} view")
     height, width = (n for other, n in enumerate(shape_zyx) if other != axis)
     slabs = np.unique(positions // slab) if axis == 0 else all_slabs
     return Picture(chosen, positions, (len(positions), height, width), slabs)
@@ -115,7 +119,7 @@ def slices_of(images: torch.Tensor, view: View, slices: int) -> list[torch.Tenso
         Per plane (scan, slice, height, width). Front is up in axial slices, the top of the head in the others; patient
         left is left.
     """
-    wanted = list(_AXES) if view is View.triplanar else [view]
+    wanted = list(_AXES) if view == View.triplanar else [view]
     return [cut(images, _AXES[plane], slice_positions(images.shape[1 + _AXES[plane]], slices)) for plane in wanted]
 
 

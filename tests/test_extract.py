@@ -21,12 +21,12 @@ from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.models.video import R3D_18_Weights, r3d_18
 
 from extract import Embeddings, build_encoder, extract, open_embeddings, write_embeddings
-from loaders.views import View, slice_positions, slices_of
 from extract.weights import WeightsUnavailableError, load_weights
 from ingest import IngestSettings, ingest, open_store
 from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE
 from loaders import VolumeReader
+from loaders.views import View, slice_positions, slices_of
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+LOADING = (ROOT / "docs" / "loading.md").read_text()
 SMALL = {"--participants 200": "--participants 24"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +63,28 @@ def test_the_python_runs(tour, monkeypatch):
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_the_python_of_the_page_about_loading_runs(tour, monkeypatch):
+    monkeypatch.chdir(tour[0])
+    (block,) = blocks("python", LOADING)
+    names: dict[str, object] = {}
+    exec(compile(block.replace('"t1.zarr"', '"cohort.zarr"'), "docs/loading.md", "exec"), names)
+    assert names["epoch"] == 1
+    assert names["batch"].images.shape[1:] == (1, 160, 192, 160)
+
+
 def test_commands_and_flags_of_the_readme_exist():
     known: dict[str, str] = {}
-    for line in re.findall(r"^(ingest|extract|probe) (.*)$", "\n".join(blocks("sh")), flags=re.MULTILINE):
+    for line in re.findall(r"^(ingest|extract|probe|loaders) (.*)$", "\n".join(blocks("sh")), flags=re.MULTILINE):
         program, rest = line
         if program not in known:
             script = Path(sysconfig.get_path("scripts")) / program
-            command = [str(script), *(["run"] if program == "ingest" else []), "--help"]
+            command = [str(script), *{"ingest": ["run"], "loaders": ["profile"]}.get(program, []), "--help"]
             known[program] = subprocess.run(
                 command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"}
             ).stdout
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in known[program], f"{program} has no {flag}"
-    assert set(known) == {"ingest", "extract", "probe"}
+    assert set(known) == {"ingest", "extract", "probe", "loaders"}
 
 
 def test_pictures_and_pages_that_it_links_to_exist():
