@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,7 @@ from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
 from ingest.simulate import simulate_cohort
 from ingest.store import VolumeStore, package_versions
 from loaders import open_loader
+from loaders.profile import profile_store
 
 LIMIT = "limit (read + LZ4), uint8"
 BYTES, DALI, FLOATS = "ours, uint8", "ours, uint8, through DALI", "ours, float32"
@@ -141,6 +143,7 @@ def run_loaders(
         "peer_scans": min(PEER_SCANS, len(rows)) if peers else 0,
         "mb_on_disk_per_scan": {name: round(nbytes / 1e6, 3) for name, nbytes in disk.items()},
         "peer_versions": package_versions("monai", "torchio", "webdataset", "h5py", "zarr", "torch"),
+        "stages": [asdict(stage) for stage in profile_store(store, scans=scans, threads=workers, device="cpu").stages],
         "memory": measure_memory(directory / "ukb.zarr", directory / "tiny", scans=many, batch_size=batch_size),
     }
     return Report("loaders", settings, results, _ratios(middle))

@@ -83,7 +83,7 @@ def _show(found: Profile, console: Console) -> None:
             timing.decode,
         ),
         ("copy to the GPU", timing.copy),
-        ("scale, augment, DALI", timing.finish),
+        ("scale, augment", timing.augment),
         ("the consumer waited", timing.starved),
         ("the threads waited for the consumer", timing.idle),
     ):

@@ -5,6 +5,7 @@ Without a GPU the pipeline is fed with decoded batches instead, for `inflate` is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from loaders.decode import Decoder
 from loaders.fetch import Buffer, Payload
 from loaders.order import BatchPlan
 from loaders.output import Output
-from loaders.timing import Timing
+from loaders.timing import GpuStopwatch, Timing
 from loaders.views import View, cut
 
 logger = logging.getLogger("loaders")
@@ -160,13 +161,14 @@ def inflated_on_gpu(
         # At once: frames of slabs are a layout that other operators take for a video.
         return fn.reshape(inflated, shape=[slabs * planes, height, width, 1], layout="DHWC")
 
+    stopwatch = GpuStopwatch()
     for outputs in _run(volumes()):
         plan, slots = plans.popleft()
-        started = time.perf_counter()
         images = torch.from_dlpack(outputs[0].as_tensor()).squeeze(-1)
         ring.give_back(slots)  # `_run` has waited for this batch: its copies are done
-        images = output.finish(_cut(images, decoder), epoch, plan.positions)
-        timing.finish += time.perf_counter() - started
+        with stopwatch.running() if images.is_cuda else contextlib.nullcontext():
+            images = output.finish(_cut(images, decoder), epoch, plan.positions)
+        timing.augment += stopwatch.seconds()
         yield plan, images
         del images, outputs
 
@@ -231,7 +233,7 @@ def through_dali(
         started = time.perf_counter()
         images = torch.from_dlpack(outputs[0].as_tensor()).squeeze(-1)
         images = output.finish(images, epoch, plan.positions)
-        timing.finish += time.perf_counter() - started
+        timing.augment += time.perf_counter() - started
         yield plan, images
         del images, outputs, array
 

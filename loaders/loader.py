@@ -194,8 +194,9 @@ class Loader:
     def _images(self, plans: Iterator[BatchPlan], epoch: int) -> Generator[tuple[BatchPlan, torch.Tensor]]:
         skipped = self.skipped if self._skip_errors else None
         timing, output = self.timing, self._output
-        # Augmenting on the CPU takes longer than loading, and needs the memory of a batch itself.
-        ahead = 1 if output.augmentation is not None and self.device.type == "cpu" else 2
+        # Augmenting on the CPU takes longer than loading, and memory for a batch of its own. So does DALI.
+        busy = output.augmentation is not None or self.backend == "dali"
+        ahead = 1 if self.device.type == "cpu" and busy and not self._inflates else 2
         if self._inflates:
             from loaders.dali_backend import inflated_on_gpu
 

@@ -170,7 +170,7 @@ def judge(timing: Timing, stages: list[Stage], *, inflates: bool, remote: bool, 
     both = 1 / (1 / speed["read again"] + 1 / speed[used[1]])
     if timing.scans_per_second < 0.7 * min(both, speed[bottleneck]):
         advice.append("the loader is slower than its stages: other programs use this machine, or scaling, augmenting "
-                      f"and DALI ({timing.finish:.2f} s of {timing.elapsed:.2f}) take their time")  # fmt: skip
+                      f"and DALI ({timing.augment:.2f} s of {timing.elapsed:.2f}) take their time")  # fmt: skip
     return bottleneck, advice
 
 

@@ -102,7 +102,7 @@ def strata_of(values: np.ndarray, bins: int = 10) -> np.ndarray:
         labels[~missing] = np.searchsorted(distinct, there)
     else:
         inner = np.quantile(there, np.arange(1, bins) / bins)
-        labels[~missing] = np.searchsorted(inner, there)  # a value that many share is no edge of its own group
+        labels[~missing] = np.searchsorted(inner, there)  # to the left: a value that many share is a group of its own
     return labels
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+
+import torch
 
 
 @dataclass
@@ -21,9 +26,9 @@ class Timing:
     threads
         How many of those there are.
     copy
-        To the GPU, by its own clock.
-    finish
-        Scaling and augmenting batches outside the threads, and DALI's part.
+        To a GPU, by its own clock; DALI's copies are a part of its pipeline and not seen.
+    augment
+        Scaling and augmenting batches outside the threads; on a GPU by its own clock.
     starved
         The consumer waited for a batch.
     idle
@@ -41,7 +46,7 @@ class Timing:
     decode: float = 0.0
     threads: int = 1
     copy: float = 0.0
-    finish: float = 0.0
+    augment: float = 0.0
     starved: float = 0.0
     idle: float = 0.0
     bytes_read: int = 0
@@ -58,3 +63,27 @@ class Timing:
     def scans_per_second(self) -> float:
         """Scans over elapsed seconds."""
         return self.scans / self.elapsed if self.elapsed else 0.0
+
+
+class GpuStopwatch:
+    """Times work on the current stream of a GPU by the GPU's clock, without waiting for it."""
+
+    def __init__(self) -> None:
+        self._laps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what the body puts on the stream."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._laps.append((begin, end))
+
+    def seconds(self) -> float:
+        """Return the seconds of what has ended since the last call."""
+        total = 0.0
+        while self._laps and self._laps[0][1].query():
+            begin, end = self._laps.popleft()
+            total += begin.elapsed_time(end) / 1000
+        return total

@@ -11,7 +11,7 @@ import torch
 
 from loaders.order import BatchPlan
 from loaders.output import Output
-from loaders.timing import Timing
+from loaders.timing import GpuStopwatch, Timing
 
 
 def on_cpu(
@@ -23,7 +23,7 @@ def on_cpu(
         del array
         started = time.perf_counter()
         images = output.finish(images, epoch, plan.positions)
-        timing.finish += time.perf_counter() - started
+        timing.augment += time.perf_counter() - started
         yield plan, images
         del images  # else this frame would hold memory that the consumer has let go of
 
@@ -39,27 +39,28 @@ def on_gpu(
         In page-locked memory.
     """
     stream = torch.cuda.Stream(device)
+    copies, augments = GpuStopwatch(), GpuStopwatch()
     ready: deque[tuple[BatchPlan, torch.Tensor, torch.cuda.Event]] = deque()
-    # A copy reads the host's memory after this code has gone on: it is held until the copy's end event has passed.
-    copying: deque[tuple[torch.cuda.Event, torch.cuda.Event, np.ndarray]] = deque()
+    # A copy reads the host's memory after this code has gone on: it is held until the copy has ended.
+    copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
 
     def start(plan: BatchPlan, array: np.ndarray) -> None:
-        begun, copied, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         with torch.cuda.stream(stream):
-            begun.record()
-            images = torch.from_numpy(array).to(device, non_blocking=True)
+            copied, done = torch.cuda.Event(), torch.cuda.Event()
+            with copies.running():
+                images = torch.from_numpy(array).to(device, non_blocking=True)
             copied.record()
-            started = time.perf_counter()
-            images = output.finish(images, epoch, plan.positions)
-            timing.finish += time.perf_counter() - started
+            with augments.running():
+                images = output.finish(images, epoch, plan.positions)
             done.record()
-        copying.append((begun, copied, array))
+        copying.append((copied, array))
         ready.append((plan, images, done))
 
     def settle() -> None:
-        while copying and copying[0][1].query():
-            begun, copied, _ = copying.popleft()
-            timing.copy += begun.elapsed_time(copied) / 1000
+        while copying and copying[0][0].query():
+            copying.popleft()
+        timing.copy += copies.seconds()
+        timing.augment += augments.seconds()
 
     def hand_over() -> tuple[BatchPlan, torch.Tensor]:
         plan, images, done = ready.popleft()

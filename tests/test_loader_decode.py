@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import re
-import shutil
 import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -383,7 +379,7 @@ def test_shards_that_zarr_wrote_without_empty_slabs_are_read(tmp_path, backend, 
     path = tmp_path / "s.zarr"
     voxels = make_store(path, 4)
     voxels[1, SLAB:] = 0  # slabs 1, 2, 3 of row 1 are left out
-    voxels[2, SLAB + 1 :] = 0
+    voxels[2, SLAB + 2 :] = 0
     voxels[3, 8:12] = 0
     voxels[1, 0, 0, 0] = 200
     with warnings.catch_warnings():
@@ -431,7 +427,7 @@ def faulty(path: Path, fault: str) -> Callable[[], None]:
         os.truncate(path, (10 << 30) - len(index))
         with open(path, "ab") as file:
             file.write(index)
-    return lambda: path.rmdir() if path.is_dir() else path.unlink()
+    return lambda: path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("view", ["volume", "axial"])
@@ -521,7 +517,7 @@ def test_without_compiled_code_the_loader_gives_the_same(tmp_path, monkeypatch):
         np.testing.assert_array_equal(batch.images, np.stack([picture_of(volume, picture) for volume in voxels]))
     path = shard_path(tmp_path / "s.zarr", 1)
     content = bytearray(path.read_bytes())
-    content[30] ^= 1
+    content[10] ^= 1
     path.write_bytes(content)
     with open_loader(tmp_path / "s.zarr") as loader, pytest.raises(CorruptShardError, match=r"row 1 .*slab 0 has a"):
         list(loader)
