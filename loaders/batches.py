@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
+import sys
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -20,20 +19,22 @@ from loaders.timing import Timing
 
 logger = logging.getLogger("loaders")
 
+_TORCH_TYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 _KEPT = 3  # batches whose memory is kept: one in use, one that is ready, one that is being filled
 
 
 class BatchPool:
-    """Hands out batches of uninitialised memory and takes it back when the last reference to them is gone.
+    """Hands out batches of uninitialised memory, and the same again when nobody holds them any more.
 
-    No page faults, and no batch is overwritten that somebody still holds.
+    No page faults, and no batch is overwritten that somebody still holds. Who holds it, Python's own count of
+    references tells when the next batch is asked for: a callback on the last one's end may swallow Ctrl-C.
 
     Parameters
     ----------
     shape
         Of the largest batch.
     dtype
-        uint8 or float32.
+        What threads write.
     pinned
         Page-locked memory, from which a GPU copies by itself.
     """
@@ -42,26 +43,29 @@ class BatchPool:
         self._shape = shape
         self._dtype = dtype
         self._pinned = pinned
-        self._free: list[np.ndarray] = []
-        self._lock = threading.Lock()
+        self._memories: list[np.ndarray] = []
 
     def take(self, scans: int) -> np.ndarray:
-        """Return an array (scans, ...); a tensor made of it by ``torch.from_numpy`` keeps it alive."""
-        with self._lock:
-            memory = self._free.pop() if self._free else self._allocate()
-        # A new buffer object, so that views made by others refer to `batch` and not past it to `memory`.
-        batch = np.frombuffer(memory.data, self._dtype, count=scans * int(np.prod(self._shape[1:])))
-        weakref.finalize(batch, self._give_back, memory)
-        return batch.reshape(scans, *self._shape[1:])
+        """Return an array (scans, ...). Its views, and tensors made of them, keep it from being used again."""
+        free = [number for number in range(len(self._memories)) if self._is_free(number)]
+        for number in reversed(free[_KEPT:]):  # of a consumer that held many once
+            del self._memories[number]
+        if free:
+            memory = self._memories[free[0]]
+        else:
+            memory = self._allocate()
+            self._memories.append(memory)
+        return memory[:scans]
+
+    def _is_free(self, number: int) -> bool:
+        # Every view of an array refers to the array itself. One reference is the list's, one that of the call.
+        return sys.getrefcount(self._memories[number]) <= 2
 
     def _allocate(self) -> np.ndarray:
         nbytes = int(np.prod(self._shape)) * self._dtype.itemsize
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned).numpy()
-
-    def _give_back(self, memory: np.ndarray) -> None:
-        with self._lock:
-            if len(self._free) < _KEPT:
-                self._free.append(memory)
+        # Not a view of an array, to which its own views would refer instead: its base is the tensor.
+        memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned).view(_TORCH_TYPES[self._dtype.name])
+        return memory.view(self._shape).numpy()
 
 
 def loaded_batches(

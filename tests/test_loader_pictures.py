@@ -273,16 +273,22 @@ def content(holder: Any) -> bytes:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_is_used_again_when_nobody_holds_it(store, backend, dtype, monkeypatch):
-    allocated = []
+    allocated: list[int] = []
     allocate = BatchPool._allocate
-    monkeypatch.setattr(BatchPool, "_allocate", lambda pool: allocated.append(allocate(pool)) or allocated[-1])
+
+    def note(pool: BatchPool) -> np.ndarray:
+        memory = allocate(pool)
+        allocated.append(memory.ctypes.data)  # its address: who keeps the memory itself, keeps it from being used
+        return memory
+
+    monkeypatch.setattr(BatchPool, "_allocate", note)
     with open_loader(store, batch_size=1, backend=backend, dtype=dtype, threads=2) as loader:
         addresses = set()
         for batch in itertools.chain(*[loader] * 6):
             addresses.add(batch.images.data_ptr())
     assert 1 <= len(allocated) <= 5
     if backend == "torch":  # DALI copies batches to memory of its own
-        assert addresses == {memory.ctypes.data for memory in allocated}
+        assert addresses == set(allocated)
 
 
 def compressed(store: VolumeStore, row: int, slabs: Sequence[int]) -> int:
