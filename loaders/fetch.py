@@ -91,6 +91,8 @@ class ShardFetcher:
         object.__setattr__(self, "largest", most)
         path = self.store.path
         object.__setattr__(self, "_prefix", os.fsencode(path) if COMPILED and isinstance(path, Path) else None)
+        if self._prefix is not None:
+            self._read_compiled(-1, Buffer())  # is compiled, or loaded, before any deadline runs
 
     @property
     def whole(self) -> bool:

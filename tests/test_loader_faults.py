@@ -25,6 +25,9 @@ SCANS = 12
 BACKENDS = ["torch", "dali"]
 
 
+DEADLINE = 1.0  # seconds; a busy machine must not miss it where nothing hangs
+
+
 @pytest.fixture
 def store(tmp_path) -> Path:
     make_store(tmp_path / "s.zarr", SCANS)
@@ -59,8 +62,8 @@ def test_a_read_that_hangs_is_an_error_that_names_the_scan(store, freed, backend
     freed.append(hang(store, 5))
     started = time.perf_counter()
     with (
-        open_loader(store, batch_size=4, backend=backend, deadline=0.3) as loader,
-        pytest.raises(SlowReadError, match=r"row 5 \(5.nii.gz\) of .*s.zarr cannot be read: no answer within 0.3 s"),
+        open_loader(store, batch_size=4, backend=backend, deadline=DEADLINE) as loader,
+        pytest.raises(SlowReadError, match=r"row 5 \(5.nii.gz\) of .*s.zarr cannot be read: no answer within 1 s"),
     ):
         list(loader)
     assert time.perf_counter() - started < 20
@@ -70,10 +73,10 @@ def test_a_read_that_hangs_is_an_error_that_names_the_scan(store, freed, backend
 def test_scans_that_hang_are_skipped_even_if_they_are_more_than_the_threads(store, voxels, freed, backend, caplog):
     hanging = [0, 1, 2, 7]
     freed += [hang(store, row) for row in hanging]
-    with open_loader(store, batch_size=4, backend=backend, deadline=0.3, on_error="skip", threads=2) as loader:
+    with open_loader(store, batch_size=4, backend=backend, deadline=DEADLINE, on_error="skip", threads=2) as loader:
         batches = list(loader)
     assert sorted(loader.skipped) == hanging
-    assert all("no answer within 0.3 s" in reason for reason in loader.skipped.values())
+    assert all("no answer within 1 s" in reason for reason in loader.skipped.values())
     assert [batch.rows.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     for batch in batches:
         assert batch.valid.tolist() == [row not in hanging for row in batch.rows]
@@ -83,14 +86,16 @@ def test_scans_that_hang_are_skipped_even_if_they_are_more_than_the_threads(stor
     assert sum("row 7" in record.getMessage() for record in caplog.records if record.levelno == logging.WARNING) >= 1
 
 
-def test_a_thread_that_comes_back_too_late_changes_nothing(store, voxels):
+def test_a_thread_that_comes_back_too_late_changes_nothing(store, voxels, freed):
     pipe = hang(store, 2)
-    with open_loader(store, batch_size=3, backend="torch", deadline=0.2, on_error="skip", threads=2) as loader:
+    freed.append(pipe)
+    with open_loader(store, batch_size=3, backend="torch", deadline=DEADLINE, on_error="skip", threads=2) as loader:
         batches = []
         for number, batch in enumerate(loader):
             if number == 1:  # row 2 was given up: now it comes, with bytes
                 descriptor = os.open(pipe, os.O_WRONLY)
-                os.write(descriptor, b"x" * 1000)
+                with contextlib.suppress(BrokenPipeError):  # it may have seen already that this is no file
+                    os.write(descriptor, b"x" * 1000)
                 os.close(descriptor)
                 time.sleep(0.2)
             batches.append(batch)
@@ -201,8 +206,7 @@ with open_loader(sys.argv[1], batch_size=2, backend=sys.argv[2], deadline=60) as
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("hanging", [False, True])
+@pytest.mark.parametrize(("backend", "hanging"), [("torch", False), ("torch", True), ("dali", True)])
 def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(store, backend, hanging):
     if hanging:
         hang(store, 7)

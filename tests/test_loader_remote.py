@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import obstore
 import pytest
@@ -51,14 +54,15 @@ def local(server, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(server, tmp_path_factory) -> Path:
-    """Return a store of volumes of the usual size, which lies at s3://stores/large.zarr too; a slab has 61 KB."""
+    """Return a store of volumes of the usual size, which lies at s3://stores/large.zarr too; a slab has 58 KB."""
     path = tmp_path_factory.mktemp("remote") / "large.zarr"
     create_store(path, [], NATIVE_GRID)
     grow_store(path, LARGE)
     rng = np.random.default_rng(0)
     for row in range(LARGE):
-        noise = rng.integers(0, 256, (160, 192, 80), dtype=np.uint8)
-        write_shard(shard_path(path, row), encode_shard(np.concatenate([noise, np.zeros_like(noise)], axis=2), SLAB))
+        volume = rng.integers(0, 256, NATIVE_GRID.shape_zyx, dtype=np.uint8)
+        volume[:, :, 70:] = 0
+        write_shard(shard_path(path, row), encode_shard(volume, SLAB))
     write_scans(path, [ScanRow(f"p{row}", "", "T1", f"{row}.nii.gz", status="ok") for row in range(LARGE)])
     server.put_tree("stores", "large.zarr", path)
     return path
@@ -83,21 +87,22 @@ def network(server, monkeypatch) -> Iterator[FaultyProxy]:
 
 
 @pytest.fixture
-def store(local, network) -> VolumeStore:
+def store(local, network) -> VolumeStore:  # noqa: ARG001 - puts it there
     opened = open_store("s3://stores/s.zarr")
     network.reset()
     return opened
 
 
-@pytest.fixture
-def copy(server, local, network) -> Callable[[str], str]:
-    """Make a store of a name that the test may damage."""
-
-    def make(name: str) -> str:
-        server.put_tree("stores", name, local)
-        return f"s3://stores/{name}"
-
-    return make
+@contextlib.contextmanager
+def instead(row: int, content: bytes | None) -> Iterator[None]:
+    """Put something else, or nothing, in the place of a shard, for as long as the block."""
+    place = as_place("s3://stores/s.zarr") / shard_name(row)
+    before = place.read_bytes()
+    place.unlink() if content is None else place.write_bytes(content)
+    try:
+        yield
+    finally:
+        place.write_bytes(before)
 
 
 def images_of(store: Any, **settings: Any) -> np.ndarray:
@@ -111,7 +116,8 @@ def test_pictures_are_those_of_the_disk(local, store, network, backend, settings
     expected = images_of(local, **settings)
     np.testing.assert_array_equal(images_of(store, backend=backend, **settings), expected)
     requests = SCANS if settings["view"] != "axial" else 2 * SCANS  # the index, and the slabs (small ones in one piece)
-    assert network.count("GetObject", SHARDS) == network.requests.total() == requests
+    assert network.count("GetObject", SHARDS) == requests
+    assert network.requests.total() == requests + 1, "the layout, too"
     if settings["view"] != "coronal":
         with VolumeReader(store, view=settings["view"], slices=settings.get("slices", 3)) as reader:
             np.testing.assert_array_equal(reader.read([7, 7, 0]), expected[[7, 7, 0]])
@@ -126,16 +132,17 @@ def test_axial_slices_fetch_far_less_than_volumes(large, network, backend):
         with open_loader(store, view=view, slices=3, backend=backend) as loader:
             images = np.concatenate([batch.images.numpy() for batch in loader])
             truly = network.downloaded["GetObject"]
-            assert loader.timing.bytes_read <= truly < loader.timing.bytes_read + 1000 * LARGE, "with the indices"
+            assert loader.timing.bytes_read <= truly < loader.timing.bytes_read + 2000 * LARGE, "with the indices"
             fetched[view] = truly
         with open_loader(large, view=view, slices=3) as here:
             np.testing.assert_array_equal(images, np.concatenate([batch.images.numpy() for batch in here]))
     whole = sum(shard_path(large, row).stat().st_size for row in range(LARGE))
-    assert fetched["volume"] == whole
+    assert whole <= fetched["volume"] < whole + 2000
     assert fetched["axial"] < 0.09 * whole, "3 slabs of 40"
 
 
-def test_slabs_that_lie_near_each_other_come_in_one_piece(large, network, monkeypatch):
+@pytest.mark.usefixtures("network")
+def test_slabs_that_lie_near_each_other_come_in_one_piece(large, monkeypatch):
     """Slabs 0 and 2 in one request with slab 1 between; slab 20 in another."""
     store = open_store("s3://stores/large.zarr")
     seen = []
@@ -154,14 +161,14 @@ def test_slabs_that_lie_near_each_other_come_in_one_piece(large, network, monkey
 
 
 def test_requests_run_at_the_same_time(store, network):
-    """Each answer takes a quarter of a second; one after the other they would take six."""
-    network.reset(Fault("slow", on="GetObject", key=SHARDS, delay=0.25))
+    """Each answer takes 0.2 s; one after the other they would take 4.8."""
+    network.reset(Fault("slow", on="GetObject", key=SHARDS, delay=0.2))
     started = time.perf_counter()
     images_of(store)  # with the threads that a remote store has by default
-    assert time.perf_counter() - started < 3
+    assert time.perf_counter() - started < 2.4
     started = time.perf_counter()
-    images_of(store, rows=range(8), threads=1)
-    assert time.perf_counter() - started > 1.9, "so the network is slow"
+    images_of(store, rows=range(5), threads=1)
+    assert time.perf_counter() - started >= 1, "so the network is slow"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -196,21 +203,16 @@ FAULTS: dict[str, bytes | None] = {"missing": None, "empty": b"", "short": b"x" 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("settings", VIEWS[:2], ids=lambda settings: settings["view"])
-def test_a_bad_object_is_named_or_skipped(local, copy, fault, settings):
-    address = copy(f"{fault}-{settings['view']}.zarr")
-    place, content = as_place(address) / shard_name(13), FAULTS[fault]
-    if content is None:
-        place.unlink()
-    else:
-        place.write_bytes(content)
-    with pytest.raises(
-        CorruptShardError, match=rf"row 13 \(13.nii.gz\) of {address} cannot be read: .+; ingest its so"
-    ):
-        images_of(address, **settings)
+def test_a_bad_object_is_named_or_skipped(local, store, fault, settings):
     expected = images_of(local, **settings)
     expected[13] = 0
-    with open_loader(address, batch_size=5, on_error="skip", **settings) as loader:
-        batches = list(loader)
+    with instead(13, FAULTS[fault]):
+        with pytest.raises(
+            CorruptShardError, match=r"row 13 \(13.nii.gz\) of s3://stores/s.zarr cannot be read: .+; ing"
+        ):
+            images_of(store, **settings)
+        with open_loader(store, batch_size=5, on_error="skip", **settings) as loader:
+            batches = list(loader)
     np.testing.assert_array_equal(np.concatenate([batch.images for batch in batches]), expected)
     assert [int(row) for batch in batches for row in batch.rows[~batch.valid]] == [13] == list(loader.skipped)
     reason = {"missing": "there is no s3://", "empty": "", "short": "has 50 bytes, expected 68", "another": "checksum"}
@@ -219,14 +221,12 @@ def test_a_bad_object_is_named_or_skipped(local, copy, fault, settings):
 
 
 @pytest.mark.parametrize("settings", VIEWS[:2], ids=lambda settings: settings["view"])
-def test_an_object_that_is_too_large_is_not_downloaded(copy, network, settings):
-    address = copy(f"large-{settings['view']}.zarr")
-    (as_place(address) / shard_name(3)).write_bytes(bytes(20_000_000))
-    store = open_store(address)
-    network.reset()
-    with pytest.raises(CorruptShardError, match=r"row 3 .*the shard has 20000000 bytes, expected 68 to"):
-        images_of(store, rows=[3], **settings)
-    assert network.downloaded["GetObject"] < 10_000
+def test_an_object_that_is_too_large_is_not_downloaded(store, network, settings):
+    with instead(3, bytes(20_000_000)):
+        network.reset()
+        with pytest.raises(CorruptShardError, match=r"row 3 .*the shard has 20000000 bytes, expected 68 to"):
+            images_of(store, rows=[3], **settings)
+        assert network.downloaded["GetObject"] < 10_000
 
 
 def test_what_the_store_refuses_names_the_scan(store, network, monkeypatch):
@@ -246,8 +246,8 @@ def test_a_server_that_stops_answering_is_an_error_within_the_deadline(store, ne
     network.reset(Fault("hang", on="GetObject", key=SHARDS, skip=10))
     started = time.perf_counter()
     with (
-        pytest.raises(SlowReadError, match=r"row \d+ .* of s3://stores/s.zarr cannot be read: no answer within 0.7 s"),
-        open_loader(store, batch_size=5, deadline=0.7, threads=4, backend=backend, **settings) as loader,
+        pytest.raises(SlowReadError, match=r"row \d+ .* of s3://stores/s.zarr cannot be read: no answer within 0.5 s"),
+        open_loader(store, batch_size=5, deadline=0.5, threads=4, backend=backend, **settings) as loader,
     ):
         list(loader)
     assert time.perf_counter() - started < 6, "the deadline, and 2 s for what hangs to end"
@@ -255,18 +255,16 @@ def test_a_server_that_stops_answering_is_an_error_within_the_deadline(store, ne
 
 def test_what_is_never_answered_is_skipped_and_the_next_pass_is_whole(local, store, network):
     network.reset(Fault("hang", on="GetObject", key=SHARDS + "(4|5|17)/", first=3))
-    with open_loader(store, batch_size=5, deadline=0.7, threads=2, on_error="skip") as loader:
+    with open_loader(store, batch_size=5, deadline=0.5, threads=2, on_error="skip") as loader:
         valid = np.concatenate([batch.valid for batch in loader])
         assert np.flatnonzero(~valid).tolist() == sorted(loader.skipped) == [4, 5, 17]
-        assert all("no answer within 0.7 s" in reason for reason in loader.skipped.values())
+        assert all("no answer within 0.5 s" in reason for reason in loader.skipped.values())
         images = np.concatenate([batch.images for batch in loader])
     np.testing.assert_array_equal(images, images_of(local))
 
 
-def test_a_server_that_dies_and_comes_back_is_waited_for(server, local, store, network, monkeypatch):
+def test_a_server_that_dies_and_comes_back_is_waited_for(server, local, store, network):
     """Connections are refused for a second: a restart is no reason for an error."""
-    import threading
-
     with open_loader(store, batch_size=2, threads=2) as loader:
         batches = iter(loader)
         images = [next(batches).images.numpy()]
@@ -282,17 +280,18 @@ def test_with_a_cache_the_second_pass_asks_for_nothing(local, store, network, tm
     cache, expected = tmp_path / "cache", images_of(local, **settings)
     cached = {"cache_dir": cache, "cache_bytes": 10**7, **settings}
     with open_loader(store, batch_size=5, **cached) as loader:
-        for _ in range(2):
-            np.testing.assert_array_equal(np.concatenate([batch.images for batch in loader]), expected)
-            assert network.count("GetObject", SHARDS) in (SCANS, 2 * SCANS)
-            network.reset() if network.requests else None
-    requests = network.requests.total()
+        np.testing.assert_array_equal(np.concatenate([batch.images for batch in loader]), expected)
+        assert network.count("GetObject", SHARDS) == (SCANS if settings["view"] == "volume" else 2 * SCANS)
+        network.reset()
+        np.testing.assert_array_equal(np.concatenate([batch.images for batch in loader]), expected)
+        assert network.requests.total() == 0
     np.testing.assert_array_equal(images_of(store, **cached), expected)
-    assert network.requests.total() == requests == 0
+    assert network.count(key=SHARDS) == 0
+    network.reset()
     damaged = next(path for path in cache.rglob("9-*"))
     damaged.write_bytes(damaged.read_bytes()[:-30])
     np.testing.assert_array_equal(images_of(store, **cached), expected)
-    assert {key for _, key in network.requests} == {f"stores/s.zarr/{shard_name(9)}"}
+    assert {key for _, key in network.requests if "/c/" in key} == {f"stores/s.zarr/{shard_name(9)}"}
 
 
 def test_a_damaged_entry_whose_source_hangs_is_an_error_within_the_deadline(store, network, tmp_path):
@@ -303,7 +302,7 @@ def test_a_damaged_entry_whose_source_hangs_is_an_error_within_the_deadline(stor
     network.reset(Fault("hang", on="GetObject", key=SHARDS))
     started = time.perf_counter()
     with pytest.raises(SlowReadError, match=r"row 9 \(9.nii.gz\)"):
-        images_of(store, deadline=0.7, **cached)
+        images_of(store, deadline=0.5, **cached)
     assert time.perf_counter() - started < 6
 
 
@@ -316,8 +315,7 @@ def test_payloads_are_of_one_layout_wherever_they_come_from(local, store, tmp_pa
             for slabs in (np.arange(4), np.array([3])) if kept is None else (np.arange(4),):
                 for _ in range(2):
                     payload = fetch.ShardFetcher(source, slabs, kept).fetch(2, fetch.Buffer())
-                    for array in (payload.content, payload.index):
-                        layouts.add((array.dtype.str, str(array.flags)))
+                    layouts |= {numba.typeof(payload.content), numba.typeof(payload.index)}
     assert len(layouts) == 2, layouts
 
 
