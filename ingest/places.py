@@ -273,7 +273,7 @@ def clear_errors(place: ObjectPath) -> Iterator[None]:
         text = error_line(error)
         if "NoSuchBucket" in text:
             raise _no_bucket(place) from None
-        if "403" in text or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+        if "403 Forbidden" in text or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
             raise ObjectStoreError(
                 f"{place} may not be used: access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what "
                 "the bucket allows"

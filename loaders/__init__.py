@@ -3,7 +3,8 @@
 from loaders.augment import Augmentation
 from loaders.dataset import Sample, VolumeDataset
 from loaders.errors import CorruptShardError, ShardError, SlowReadError
-from loaders.loader import Batch, Loader, open_loader
+from loaders.loader import Batch, Loader
+from loaders.opening import open_loader
 from loaders.reader import VolumeReader
 from loaders.timing import Timing
 from loaders.views import View, slices_of

@@ -17,7 +17,7 @@ import torch
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
 from loaders.fetch import Buffer, Payload, ShardFetcher
-from loaders.loader import open_loader
+from loaders.opening import open_loader
 from loaders.output import Output, make_decoder, torch_dtype
 from loaders.timing import Timing
 from loaders.views import plan_picture

@@ -18,6 +18,7 @@ from s3_server import Fault, FaultyProxy, S3Server, s3_server
 from small_store import SHAPE, SLAB, make_store
 
 from ingest import places
+from ingest.errors import ObjectStoreError
 from ingest.grid import NATIVE_GRID
 from ingest.places import as_place
 from ingest.scan import ScanRow
@@ -208,7 +209,7 @@ def test_a_bad_object_is_named_or_skipped(local, store, fault, settings):
     expected[13] = 0
     with instead(13, FAULTS[fault]):
         with pytest.raises(
-            CorruptShardError, match=r"row 13 \(13.nii.gz\) of s3://stores/s.zarr cannot be read: .+; ing"
+            CorruptShardError, match=r"row 13 \(13.nii.gz\) of s3://stores/s.zarr cannot be read: .+; i"
         ):
             images_of(store, **settings)
         with open_loader(store, batch_size=5, on_error="skip", **settings) as loader:
@@ -238,6 +239,9 @@ def test_what_the_store_refuses_names_the_scan(store, network, monkeypatch):
     network.reset(Fault("status", on="GetObject", key=SHARDS + "5/", status=500))
     with pytest.raises(CorruptShardError, match=r"row 5 \(5.nii.gz\) of .*cannot be reached"):
         images_of(store)
+    network.reset(Fault("status", status=500))
+    with pytest.raises(ObjectStoreError, match="s3://stores/sub-403/a cannot be reached"):
+        as_place("s3://stores/sub-403/a").read_bytes()  # whose name is not taken for "403 Forbidden"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
