@@ -162,15 +162,38 @@ def inflated_on_gpu(
         return fn.reshape(inflated, shape=[slabs * planes, height, width, 1], layout="DHWC")
 
     stopwatch = GpuStopwatch()
-    for outputs in _run(volumes()):
-        plan, slots = plans.popleft()
-        images = torch.from_dlpack(outputs[0].as_tensor()).squeeze(-1)
-        ring.give_back(slots)  # `_run` has waited for this batch: its copies are done
-        with stopwatch.running() if images.is_cuda else contextlib.nullcontext():
-            images = output.finish(_cut(images, decoder), epoch, plan.positions)
-        timing.augment += stopwatch.seconds()
-        yield plan, images
-        del images, outputs
+    # DALI writes to memory again when nobody refers to it, and knows nothing of what torch has put on its stream: a
+    # batch is referred to until that has been done, and what the consumer gets is memory of torch's own.
+    in_use: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+    try:
+        for outputs in _run(volumes()):
+            plan, slots = plans.popleft()
+            inflated = _as_torch(outputs[0]).squeeze(-1)
+            ring.give_back(slots)  # `_run` has waited for this batch: its copies are done
+            with stopwatch.running() if inflated.is_cuda else contextlib.nullcontext():
+                images = output.finish(_cut(inflated, decoder), epoch, plan.positions)
+                if images.untyped_storage().data_ptr() == inflated.untyped_storage().data_ptr():
+                    images = images.clone()
+            if inflated.is_cuda:
+                done = torch.cuda.Event()
+                done.record()
+                in_use.append((done, inflated))
+            while in_use and in_use[0][0].query():
+                in_use.popleft()
+            timing.augment += stopwatch.seconds()
+            yield plan, images
+            del images, inflated, outputs
+    finally:
+        for done, _ in in_use:
+            done.synchronize()
+
+
+def _as_torch(batch: Any) -> torch.Tensor:
+    """Return a batch of DALI's as a tensor on the same memory; of samples that lie apart, as a copy."""
+    try:
+        return torch.from_dlpack(batch.as_tensor())
+    except RuntimeError:
+        return torch.stack([torch.from_dlpack(batch[number]) for number in range(len(batch))])
 
 
 def _inflate(content: Any, offsets: Any, sizes: Any, slab_shape: list[int]) -> Any:
