@@ -62,10 +62,10 @@ def _draw(figure: Figure, bars: list[Result], limits: list[Result], unit: str) -
         style: dict[str, Any] = {"color": "white", "fontweight": "bold"} if _is_ours(result) else {}
         at = (result.value, y)
         axes.annotate(_number(result.value), at, (-6, 0), textcoords="offset points", ha="right", va="center", **style)
-    for limit in limits:
+    for line, limit in enumerate(sorted(limits, key=lambda result: result.value, reverse=True)):
         axes.axvline(limit.value, color=LIMIT, linewidth=1.5, linestyle=(0, (4, 2)), zorder=1)
         text = f"{limit.name}: {_number(limit.value)}"
-        axes.text(limit.value, -0.75, text, ha="right", va="bottom", color=LIMIT)
+        axes.text(limit.value, -0.75 - 0.6 * line, f"{text} ", ha="right", va="bottom", color=LIMIT)
     everything = [*values, *(limit.value for limit in limits)]
     axes.set_xlim(min(everything) / 4, 1.1 * max(everything))  # the slowest has a bar for its number, too
     axes.set_ylim(len(bars) - 0.4, -0.6)

@@ -89,12 +89,14 @@ def _cpuinfo() -> list[str]:
 def show(report: Report, console: Console) -> None:
     """Print a report as a table."""
     table = Table(title=f"benchmark {report.name}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("what", "median", "slowest", "fastest", "unit", "of the limit"):
-        table.add_column(column, justify="left" if column in ("what", "unit") else "right")
+    columns = ["what", "median", "slowest", "fastest", "unit", "of the limit"]
+    noted = any(result.note for result in report.results)
+    for column in [*columns, "note"] if noted else columns:
+        table.add_column(column, justify="left" if column in ("what", "unit", "note") else "right")
     for result in report.results:
         share = "" if result.limit_share is None else f"{result.limit_share:.2f}"
         speeds = (f"{speed:,.1f}" for speed in (result.value, result.low, result.high))
-        table.add_row(result.name, *speeds, result.unit, share)
+        table.add_row(result.name, *speeds, result.unit, share, *([result.note] if noted else []))
     console.print(table, highlight=False)
     for name, ratio in report.ratios.items():
         console.print(f"{name}: {ratio:.3g}", highlight=False)
