@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import re
+import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -61,6 +62,8 @@ class ShardCache:
         self._store_id = store.attrs["store_id"]
         self._folder = self.directory / f"{self._store_id}-{zlib.crc32(slabs.astype('<i8').tobytes()):08x}"
         self._failed = False
+        self._telling = threading.Lock()
+        self._full = False  # looking for room among 100,000 entries again and again would take longer than fetching
         with self._not_failing():
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._locked() as usage:
@@ -77,7 +80,7 @@ class ShardCache:
 
         A disk that cannot be written is told once and not used any more: a cache is no reason for a run to fail.
         """
-        if self._failed or len(content) > self.max_bytes:
+        if self._failed or self._full or len(content) > self.max_bytes:
             return False
         with self._not_failing():
             return self._add(self.path(row), content)
@@ -85,6 +88,7 @@ class ShardCache:
 
     def remove(self, row: int) -> None:
         """Remove the entry of a scan, if there is one."""
+        self._full = False
         with self._not_failing(), self._locked() as usage:
             usage.set(usage.bytes - _remove(self.path(row)))
 
@@ -98,6 +102,7 @@ class ShardCache:
                 if usage.bytes + size > self.max_bytes:
                     usage.set(usage.bytes - self._make_room(usage.bytes + size - self.max_bytes))
                 if usage.bytes + size > self.max_bytes:
+                    self._full = True
                     return False
                 usage.set(usage.bytes + size)
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -127,9 +132,10 @@ class ShardCache:
         try:
             yield
         except OSError as error:
-            if not self._failed:
+            with self._telling:
+                told, self._failed = self._failed, True
+            if not told:
                 logger.warning("the cache in %s cannot be written and is not used: %s", self.directory, error)
-            self._failed = True
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[_Usage]:

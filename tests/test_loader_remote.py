@@ -85,6 +85,17 @@ def network(server, monkeypatch) -> Iterator[FaultyProxy]:
         monkeypatch.setitem(places._RETRY, "backoff", {"init_backoff": places.timedelta(milliseconds=20)})
         yield between
     places._client.cache_clear()
+    for thread in threading.enumerate():
+        if thread.name.startswith("decode"):  # that waits for an answer still, which does not come now
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def impatient(network, monkeypatch) -> None:  # noqa: ARG001 - whose client is made anew
+    """Let requests that were given up end when the network does, instead of being tried again for a while."""
+    monkeypatch.setitem(places._RETRY, "retry_timeout", places.timedelta(seconds=1))
+    places._client.cache_clear()
 
 
 @pytest.fixture
@@ -249,6 +260,7 @@ def test_what_the_store_refuses_names_the_scan(store, network, monkeypatch):
         as_place("s3://stores/sub-403/a").read_bytes()  # whose name is not taken for "403 Forbidden"
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", VIEWS[:2], ids=lambda settings: settings["view"])
 def test_a_server_that_stops_answering_is_an_error_within_the_deadline(store, network, backend, settings):
@@ -262,6 +274,7 @@ def test_a_server_that_stops_answering_is_an_error_within_the_deadline(store, ne
     assert time.perf_counter() - started < 6, "the deadline, and 2 s for what hangs to end"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_what_is_never_answered_is_skipped_and_the_next_pass_is_whole(local, store, network):
     network.reset(Fault("hang", on="GetObject", key=SHARDS + "(4|5|17)/", first=3))
     with open_loader(store, batch_size=5, deadline=0.5, threads=2, on_error="skip") as loader:
@@ -303,6 +316,7 @@ def test_with_a_cache_the_second_pass_asks_for_nothing(local, store, network, tm
     assert {key for _, key in network.requests if "/c/" in key} == {f"stores/s.zarr/{shard_name(9)}"}
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_damaged_entry_whose_source_hangs_is_an_error_within_the_deadline(store, network, tmp_path):
     cached: dict[str, Any] = {"cache_dir": tmp_path / "cache", "cache_bytes": 10**7}
     images_of(store, **cached)
