@@ -140,9 +140,9 @@ class ShardFetcher:
         while True:
             memory = buffer.memory
             found = read_shard(path, self.all_slabs, self.slabs, _GAP, self.largest, memory, index)
-            if found > 0 and index[:, 1].all():
+            if found > 0:
                 return Payload(memory[:found], index)
-            if found >= -1:  # or a slab was left out: `_read_file` looks closer whether it was
+            if found >= -1:
                 return None
             buffer.reserve(-found)
 

@@ -106,7 +106,7 @@ def _parse(buffer: np.ndarray, at: int, all_slabs: int, slabs: np.ndarray, index
             index[number, part] = value
         if index[number, 1] == 0:
             return False
-        if index[number, 1] == _ABSENT:
+        if index[number, 0] == _ABSENT and index[number, 1] == _ABSENT:
             index[number] = 0
     return True
 
