@@ -1,4 +1,4 @@
-"""``python -m benchmarks loaders``, ``loaders-gpu``, ``ingest`` or ``tables``; each imports what it alone needs."""
+"""``python -m benchmarks`` and what to measure; each command imports what it alone needs."""
 
 from __future__ import annotations
 
@@ -68,6 +68,25 @@ def loaders_gpu(
         save(report, json_file)
     if report.settings["failures"]:
         raise typer.Exit(1)
+
+
+@app.command("extract")
+def extract_command(
+    scans: Annotated[int, typer.Option(min=1, help="Scans for the 2D network.")] = 40,
+    volumes: Annotated[int, typer.Option(min=1, help="Scans for the 3D network.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    stored: Annotated[int, typer.Option(min=1, help="Scans of the simulated store.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    directory: Directory = DIRECTORY / "loaders",
+    json_file: JsonFile = None,
+) -> None:
+    """Embed scans: plain torchvision, our networks fed from memory, and extract; 3 minutes."""
+    from benchmarks.extract import run_extract
+
+    report = run_extract(directory, scans=scans, volumes=volumes, repeats=repeats, stored=stored, device=device)
+    show(report, Console())
+    if json_file:
+        save(report, json_file)
 
 
 @app.command("ingest")

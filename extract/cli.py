@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from extract.embeddings import check_suffix, write_embeddings
 from extract.encoder import build_encoder
+from extract.fast import CompileWarning
 from extract.run import extract
 from extract.weights import WeightsUnavailableError
 from ingest.errors import StoreError
@@ -42,7 +44,11 @@ def extract_command(
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, dali or torch.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Scans at a time.")] = 8,
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile, slow to start.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Scans at a time.", show_default="by free memory")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -51,7 +57,14 @@ def extract_command(
     if out.exists() and not overwrite:
         raise StoreError(f"{out} exists; add --overwrite to replace it, or choose another name")
     scans = len(open_store(store).ok_rows)
-    encoder = build_encoder(model, weights=weights, view=view, slices=slices, scale=scale, seed=seed, device=device)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", CompileWarning)
+        encoder = build_encoder(
+            model, weights=weights, view=view, slices=slices, scale=scale, seed=seed, device=device,
+            precision=precision, compiled=compiled,
+        )  # fmt: skip
+    for warning in warned:
+        errors.print(f"warning: {warning.message}", soft_wrap=True, highlight=False, markup=False)
     started = time.perf_counter()
     with progress_bar("extract", errors) as progress:
         bar = progress.add_task("extract", total=scans)
@@ -67,6 +80,7 @@ def extract_command(
         "model": model,
         "weights": embeddings.attrs["weights"],
         "view": str(encoder.view),
+        "precision": encoder.precision,
         "simulated": embeddings.attrs["simulated"],
         "seconds": round(seconds, 3),
         "scans_per_second": round(len(embeddings.features) / seconds, 3),
@@ -77,6 +91,7 @@ def extract_command(
     console.print(
         f"{out}: {summary['scans']} scans x {summary['features']} features, {model}, {encoder.weights.name} weights, "
         f"{encoder.view} view, in {seconds:.1f} s ({summary['scans_per_second']:.1f} scans/s)"
+        + ("" if encoder.precision == "float32" else f", {encoder.precision}")
         + (", simulated data" if summary["simulated"] else ""),
         soft_wrap=True,
         highlight=False,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +12,9 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.video import r3d_18
 
+from extract.fast import choose_precision, compile_network, exact_float32
+from extract.fold import fold_batch_norms
+from extract.grey import collapse_to_grey
 from extract.weights import Weights, WeightsUnavailableError, load_weights
 from loaders.views import View, slices_of
 
@@ -31,6 +36,12 @@ class Encoder:
         What a 2D network sees of a volume; `View.volume` for a 3D one.
     scale
         Factor by which the input is resized (by area averaging).
+    dtype
+        Of the network and what it computes.
+    plain
+        The network is torchvision's own, and takes three normalised channels; others take one, of stored grey levels.
+    compiled
+        Does what `network` does, if that was compiled.
     """
 
     network: nn.Module
@@ -40,40 +51,58 @@ class Encoder:
     slices: int
     scale: float
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    plain: bool = False
+    compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def precision(self) -> str:
+        """``float32``, ``bfloat16`` or ``float16``."""
+        return str(self.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, *, cut: bool = False) -> torch.Tensor:
         """Return the features of some scans.
 
         Parameters
         ----------
         images
             uint8 (scan, z, y, x), RAS.
+        cut
+            They are slices already, (scan, slice, height, width), as `loaders.open_loader` cuts them.
 
         Returns
         -------
         torch.Tensor
-            float32 (scan, feature) on the CPU; in 2D the mean over all slices.
+            float32 (scan, feature) on the encoder's device, where it may still be worked on; in 2D the mean over all
+            slices.
         """
         images = images.to(self.device, non_blocking=True)
-        if self.view is View.volume:
-            return self._features(images[:, None]).cpu()
-        groups = slices_of(images, self.view, self.slices)
-        features = [self._features(group.flatten(0, 1)[:, None]).unflatten(0, group.shape[:2]) for group in groups]
-        return torch.cat(features, dim=1).mean(dim=1).cpu()
+        rounds = self.device.type == "cuda" and self.dtype is torch.float32
+        with exact_float32() if rounds else contextlib.nullcontext():
+            if self.view is View.volume:
+                return self._features(images[:, None])
+            groups = [images] if cut else slices_of(images, self.view, self.slices)
+            features = [self._features(group.flatten(0, 1)[:, None]).unflatten(0, group.shape[:2]) for group in groups]
+            return torch.cat(features, dim=1).mean(dim=1)
 
     def _features(self, grey: torch.Tensor) -> torch.Tensor:
         """uint8 (item, 1, [z,] y, x) -> float32 (item, feature)."""
         spatial = grey.ndim - 2
-        x = grey.float() / 255
         if self.scale != 1:
-            x = nn.functional.interpolate(x, size=[max(1, round(n * self.scale)) for n in x.shape[2:]], mode="area")
-        mean = torch.tensor(self.weights.mean, device=x.device).view(1, 3, *[1] * spatial)
-        std = torch.tensor(self.weights.std, device=x.device).view(1, 3, *[1] * spatial)
-        x = (x - mean) / std  # one grey channel becomes three
-        x = x.contiguous(memory_format=torch.channels_last_3d if spatial == 3 else torch.channels_last)
-        features: torch.Tensor = self.network(x)
-        return features
+            size = [max(1, round(n * self.scale)) for n in grey.shape[2:]]
+            grey = nn.functional.interpolate(grey.float(), size=size, mode="area")
+        x = grey.to(self.dtype)
+        if self.plain:
+            mean, std = (
+                torch.tensor(values, device=x.device).view(1, 3, *[1] * spatial)
+                for values in (self.weights.mean, self.weights.std)
+            )
+            x = (x / 255 - mean) / std  # one grey channel becomes three
+        x = x.to(memory_format=torch.channels_last_3d if spatial == 3 else torch.channels_last)
+        features: torch.Tensor = (self.compiled or self.network)(x)
+        # A copy in any case: what a CUDA graph gives is overwritten by the next run.
+        return features.to(torch.float32, copy=self.compiled is not None)
 
 
 def build_encoder(
@@ -85,6 +114,9 @@ def build_encoder(
     scale: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
+    compiled: bool = False,
+    plain: bool = False,
 ) -> Encoder:
     """Build a frozen encoder.
 
@@ -104,11 +136,20 @@ def build_encoder(
         Of random weights.
     device
         ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+    precision
+        ``float32``, ``bfloat16``, ``float16``, or ``auto``: float32 on a CPU; on a GPU bfloat16, or float16 where that
+        is unknown.
+    compiled
+        Use `torch.compile`, which takes a while for each shape of input. Where it does not work, a `CompileWarning`
+        says so, and the network is used as it is.
+    plain
+        Leave the network as torchvision makes it, in float32. Otherwise batch norms are folded into convolutions, and
+        the first convolution is collapsed to one grey channel; features are the same but for rounding.
 
     Raises
     ------
     ValueError
-        For an unknown model, or a view that does not go with it.
+        For an unknown model, a view that does not go with it, or settings that exclude each other.
     WeightsUnavailableError
         If the weights cannot be had or do not fit the model.
     """
@@ -123,6 +164,12 @@ def build_encoder(
         raise ValueError(f"slices is {slices}, expected 1 or more")
     if not 0 < scale <= 1:
         raise ValueError(f"scale is {scale}, expected more than 0 and at most 1")
+    if plain and (compiled or precision not in ("auto", "float32")):
+        raise ValueError("a plain network is neither compiled nor of another precision than float32")
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {chosen}, but no GPU is at hand; use device 'cpu'")
+    dtype = torch.float32 if plain else choose_precision(precision, chosen)
     loaded = load_weights(model, weights or ("kinetics" if model in MODELS_3D else "imagenet"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -132,10 +179,16 @@ def build_encoder(
         loaded = replace(loaded, name=f"random (seed {seed})", sha256=_sha256_of_parameters(network))
     else:
         _fill(network, loaded, model)
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    network = network.eval().to(chosen)
+    network.eval().requires_grad_(False)
+    if not plain:
+        fold_batch_norms(network)
+        collapse_to_grey(network, loaded.mean, loaded.std)
+    network.to(chosen, dtype)
     network.to(memory_format=torch.channels_last_3d if model in MODELS_3D else torch.channels_last)
-    return Encoder(network, model, loaded, view, slices, scale, chosen)
+    return Encoder(
+        network, model, loaded, view, slices, scale, chosen, dtype, plain,
+        compile_network(network, chosen) if compiled else None,
+    )  # fmt: skip
 
 
 def _fill(network: nn.Module, weights: Weights, model: str) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from extract.embeddings import Embeddings
 from extract.encoder import Encoder
+from extract.fast import choose_batch_size
 from ingest.places import Place
 from ingest.store import open_store, package_versions
-from loaders import open_loader
+from loaders import View, open_loader
+from loaders.select import select_rows
+from loaders.views import plan_picture
 
 _IDENTITY = ["participant", "session", "modality", "brain_voxels", "head_scale"]
 
@@ -19,12 +23,13 @@ def extract(
     store: str | Place,
     encoder: Encoder,
     *,
+    rows: Sequence[int] | np.ndarray | None = None,
     backend: str = "auto",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     threads: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Embeddings:
-    """Embed every scan of a store that holds a volume, in the order of its rows.
+    """Embed the scans of a store.
 
     Parameters
     ----------
@@ -32,30 +37,55 @@ def extract(
         Path of the store.
     encoder
         See `extract.encoder.build_encoder`.
-    backend, batch_size, threads
+    rows
+        Which scans, see `loaders.select.select_rows`; by default all that hold a volume.
+    backend, threads
         See `loaders.open_loader`.
+    batch_size
+        Scans at a time; by default as many as are fast and go into the memory that is free.
     on_batch
         Called with the number of scans just embedded.
 
     Raises
     ------
     ValueError
-        If the store holds no volume.
+        If the store holds no volume, has fewer slices than are wanted, or features are no finite numbers.
     """
     volumes = open_store(store)
-    rows = volumes.ok_rows
+    rows = select_rows(volumes, rows=rows)
     if not len(rows):
         raise ValueError(f"{store} holds no volume with status ok; see: ingest inspect {store}")
-    parts = []
-    with open_loader(volumes, batch_size=batch_size, backend=backend, threads=threads) as loader:
+    cut = encoder.view not in (View.volume, View.triplanar)  # the loader reads no more than the slices of one plane
+    view = encoder.view if cut else View.volume
+    picture = plan_picture(volumes.grid.shape_zyx, volumes.slab, view, encoder.slices)
+    if batch_size is None:
+        batch_size = min(choose_batch_size(encoder, picture.shape, cut=cut), len(rows))
+    parts: list[torch.Tensor] = []
+    with open_loader(
+        volumes, rows=rows, view=view, slices=encoder.slices, batch_size=batch_size, backend=backend,
+        device=encoder.device, threads=threads,
+    ) as loader:  # fmt: skip
         for batch in loader:
-            parts.append(encoder(batch.images).numpy())
+            images = batch.images
+            if encoder.compiled and len(images) < batch_size:  # the last ones: nothing is compiled anew for their sake
+                images = torch.cat([images, images.new_zeros((batch_size - len(images), *images.shape[1:]))])
+            features = encoder(images, cut=cut)[: len(batch.rows)]
+            if parts:  # a GPU is at work on this batch while we wait for the one before
+                parts[-1] = parts[-1].cpu()
+            parts.append(features)
             if on_batch:
                 on_batch(len(batch.rows))
+    features = torch.cat([part.cpu() for part in parts])
+    strange = ~torch.isfinite(features).all(dim=1).numpy()
+    if strange.any():
+        raise ValueError(
+            f"features of {strange.sum()} scans, the first of them row {rows[strange][0]}, are no finite numbers: "
+            f"{encoder.weights.name} weights do not work in {encoder.precision}"
+        )
     scans = volumes.scans[_IDENTITY].iloc[rows].reset_index(drop=True)
     scans.insert(0, "row", rows)
     return Embeddings(
-        features=np.concatenate(parts),
+        features=features.numpy(),
         scans=scans,
         phenotypes=volumes.phenotypes.iloc[rows].reset_index(drop=True),
         variables=volumes.variables,
@@ -72,7 +102,8 @@ def extract(
                 "mean": encoder.weights.mean,
                 "std": encoder.weights.std,
             },
-            "precision": "float32",
+            "precision": encoder.precision,
+            "compiled": encoder.compiled is not None,
             "backend": loader.backend,
             "store": {
                 "path": str(volumes.path.absolute()),

@@ -121,6 +121,15 @@ def test_rows_identity_and_phenotypes(store, embedded):
     assert len(embedded.attrs["weights"]["sha256"]) == 64
 
 
+def test_some_rows_alone(store, embedded):
+    found = extract(store, build_encoder(weights="random", scale=0.5), rows=[3, 0])
+    np.testing.assert_allclose(found.features, embedded.features[[2, 0]], rtol=1e-4, atol=1e-5)
+    assert list(found.scans["participant"]) == ["9000004", "9000001"]
+    np.testing.assert_array_equal(found.phenotypes["sex"], [1, 1])
+    with pytest.raises(IndexError, match="row 2"):
+        extract(store, build_encoder(weights="random"), rows=[2])
+
+
 def test_random_weights_depend_on_their_seed_alone(store, embedded):
     torch.manual_seed(99)
     again = extract(store, build_encoder(weights="random", scale=0.5), batch_size=1, backend="dali")
@@ -220,6 +229,7 @@ def test_pretrained_weights_come_from_torchvisions_cache_and_are_checked(tmp_pat
         ({"model": "r3d_18", "view": View.axial}, "expected volume"),
         ({"slices": 0}, "1 or more"),
         ({"scale": 2.0}, "at most 1"),
+        ({"precision": "double"}, "auto, float32, bfloat16, float16"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):
@@ -245,11 +255,18 @@ def test_command_line(store, tmp_path):
     summary = json.loads(done.stdout)
     assert summary["scans"] == 3
     assert summary["features"] == 512
-    assert open_embeddings(out).features.shape == (3, 512)
+    exact = open_embeddings(out)
+    assert exact.features.shape == (3, 512)
+    assert summary["precision"] == exact.attrs["precision"] == "float32"
+    assert exact.attrs["compiled"] is False
     done = run(*arguments)
     assert done.returncode == 1
     assert "--overwrite" in done.stderr
-    assert run(*arguments, "--overwrite").returncode == 0
+    done = run(*arguments[:-1], "--overwrite", "--precision", "bfloat16", "--batch-size", "2", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "scans/s), bfloat16" in done.stdout
+    assert open_embeddings(out).attrs["precision"] == "bfloat16"
+    np.testing.assert_allclose(open_embeddings(out).features, exact.features, rtol=0.1, atol=0.02)
     done = run(tmp_path / "none.zarr", tmp_path / "e.zarr", "--weights", "random")
     assert done.returncode == 1
     assert done.stderr.startswith("error: no store")

@@ -1,0 +1,37 @@
+"""Batch norms folded into the convolutions before them: a frozen one is a scale and a shift per channel."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fold_batch_norms(network: nn.Module) -> None:
+    """Fold every batch norm that follows a convolution into it, in place.
+
+    Parameters
+    ----------
+    network
+        In evaluation mode. Where it has a batch norm next to a convolution among the children of a module, or of a
+        sequence at its end, that must be what sees the convolution's output, as in all of torchvision's ResNets.
+    """
+    for parent in list(network.modules()):
+        for (before, _), (name, norm) in pairwise(list(parent.named_children())):
+            holder, place = _last_step(parent, before)
+            convolution = getattr(holder, place)
+            if isinstance(norm, _NORMS) and isinstance(convolution, CONVOLUTIONS):
+                setattr(holder, place, fuse_conv_bn_eval(convolution, norm))
+                setattr(parent, name, nn.Identity())
+
+
+def _last_step(parent: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return what holds the last step of a child, and that step's name there: R(2+1)D nests sequences."""
+    module = getattr(parent, name)
+    while isinstance(module, nn.Sequential) and len(module):
+        parent, name, module = module, list(module._modules)[-1], module[-1]
+    return parent, name
