@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 from torchvision.models.video import r3d_18
 
 from extract.fast import choose_precision, compile_network, exact_float32
-from extract.fold import fold_batch_norms
+from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import collapse_to_grey
 from extract.weights import Weights, WeightsUnavailableError, load_weights
 from loaders.views import View, slices_of
@@ -182,6 +182,7 @@ def build_encoder(
     network.eval().requires_grad_(False)
     if not plain:
         fold_batch_norms(network)
+        pool_before_relu(network)
         collapse_to_grey(network, loaded.mean, loaded.std)
     network.to(chosen, dtype)
     network.to(memory_format=torch.channels_last_3d if model in MODELS_3D else torch.channels_last)

@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: a frozen one is a scale and a shift per channel."""
+"""Work that a frozen network need not do: batch norms, and what its first max pool throws away again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batch_norms(network: nn.Module) -> None:
-    """Fold every batch norm that follows a convolution into it, in place.
+    """Fold every batch norm that follows a convolution into it, in place: it is a scale and a shift per channel.
 
     Parameters
     ----------
@@ -27,6 +27,17 @@ def fold_batch_norms(network: nn.Module) -> None:
             if isinstance(norm, _NORMS) and isinstance(convolution, CONVOLUTIONS):
                 setattr(holder, place, fuse_conv_bn_eval(convolution, norm))
                 setattr(parent, name, nn.Identity())
+
+
+def pool_before_relu(network: nn.Module) -> None:
+    """Swap the ReLU and the max pool after the first convolution of a torchvision ResNet, in place.
+
+    The greatest of what is above zero is what is above zero of the greatest, bit for bit, and a quarter of the numbers
+    is left. Video ResNets have no such pool, and stay as they are.
+    """
+    relu, pool = getattr(network, "relu", None), getattr(network, "maxpool", None)
+    if isinstance(relu, nn.ReLU) and isinstance(pool, nn.MaxPool2d):
+        network.relu, network.maxpool = nn.Identity(), nn.Sequential(pool, relu)
 
 
 def _last_step(parent: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -15,7 +15,14 @@ from numcodecs import lz4
 from ingest.crc32c import HAS_CRC32C, crc32c, register
 from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes
 
-_OK, _OUTSIDE, _CHECKSUM, _LENGTH, _LZ4 = range(5)
+OK, OUTSIDE, CHECKSUM, LENGTH, LZ4 = range(5)
+#: What is wrong with a slab, in words.
+FAULTS = {
+    OUTSIDE: "lies outside the shard",
+    CHECKSUM: "has a wrong checksum",
+    LENGTH: "announces another length than its planes have",
+    LZ4: "is no LZ4 block of its length",
+}
 
 
 def decode_shard_slowly(content: np.ndarray, slab: int, out: np.ndarray) -> None:
@@ -36,18 +43,25 @@ def decode_shard_slowly(content: np.ndarray, slab: int, out: np.ndarray) -> None
         If the shard is damaged.
     """
     for number, (offset, nbytes) in enumerate(read_index(content, out.shape[0] // slab).tolist()):
-        target = out[number * slab : (number + 1) * slab]
-        if _lies_outside(offset, nbytes, len(content)):
-            _refuse(_OUTSIDE, number, offset, nbytes)
-        payload = content[offset : offset + nbytes]
-        if not _checksum_is_right(payload):
-            _refuse(_CHECKSUM, number, offset, nbytes)
-        if int.from_bytes(payload[:SLAB_HEADER].tobytes(), "little") != target.nbytes:
-            _refuse(_LENGTH, number, offset, nbytes)
-        try:
-            lz4.decompress(payload[:-CRC_BYTES], target)
-        except RuntimeError:
-            _refuse(_LZ4, number, offset, nbytes)
+        refuse(decode_slab_slowly(content, offset, nbytes, out[number * slab : (number + 1) * slab]), number)
+
+
+def decode_slab_slowly(content: np.ndarray, offset: int, nbytes: int, out: np.ndarray) -> int:
+    """Check a slab and decode it into `out`; return what is wrong with it, of `FAULTS`, or 0."""
+    length = len(content)
+    # in this order, so that no sum of two 64-bit numbers can wrap round
+    if nbytes <= SLAB_HEADER + CRC_BYTES or nbytes > length or offset > length - nbytes:
+        return OUTSIDE
+    payload = content[offset : offset + nbytes]
+    if not _checksum_is_right(payload):
+        return CHECKSUM
+    if int.from_bytes(payload[:SLAB_HEADER].tobytes(), "little") != out.nbytes:
+        return LENGTH
+    try:
+        lz4.decompress(payload[:-CRC_BYTES], out)
+    except RuntimeError:
+        return LZ4
+    return OK
 
 
 def read_index(content: np.ndarray, slabs: int) -> np.ndarray:
@@ -61,25 +75,16 @@ def read_index(content: np.ndarray, slabs: int) -> np.ndarray:
     return index[:-CRC_BYTES].view("<u8").reshape(slabs, 2)
 
 
-def _lies_outside(offset: int, nbytes: int, length: int) -> bool:
-    # in this order, so that no sum of two 64-bit numbers can wrap round
-    return nbytes <= SLAB_HEADER + CRC_BYTES or nbytes > length or offset > length - nbytes
-
-
 def _checksum_is_right(data: np.ndarray) -> bool:
     """Compare the crc32c in the last 4 bytes of `data` with that of what precedes it."""
     expected = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
     return bool(google_crc32c.value(data[:-CRC_BYTES]) == expected)
 
 
-def _refuse(fault: int, number: int, offset: int, nbytes: int) -> None:
-    reason = {
-        _OUTSIDE: f"lies at bytes {offset} to {offset + nbytes}, outside the shard",
-        _CHECKSUM: "has a wrong checksum",
-        _LENGTH: "announces another length than its planes have",
-        _LZ4: "is no LZ4 block of its length",
-    }[fault]
-    raise ValueError(f"slab {number} {reason}")
+def refuse(fault: int, slab: int) -> None:
+    """Raise ValueError if something is wrong with a slab."""
+    if fault != OK:
+        raise ValueError(f"slab {slab} {FAULTS[fault]}")
 
 
 # The very library that the slow path calls; by name, so that numba can keep the compiled code on disk.
@@ -91,24 +96,36 @@ lz4_decompress_safe = numba.types.ExternalFunction(
 
 
 @numba.njit(cache=True, nogil=True)
+def check_slab(content: np.ndarray, offset: int, nbytes: int, raw: int) -> int:
+    """Return what is wrong with a slab of `raw` voxels, of `FAULTS`, or 0; its LZ4 block is not looked into."""
+    length = np.int64(len(content))
+    if offset < 0 or nbytes <= SLAB_HEADER + CRC_BYTES or nbytes > length or offset > length - nbytes:
+        return OUTSIDE
+    end = offset + nbytes - CRC_BYTES
+    if crc32c(content.ctypes.data + offset, end - offset) != _uint32_at(content, end):
+        return CHECKSUM
+    return OK if _uint32_at(content, offset) == raw else LENGTH
+
+
+@numba.njit(cache=True, nogil=True)
+def decode_slab(content: np.ndarray, offset: int, nbytes: int, out: np.ndarray) -> int:
+    """Check a slab and decode it into `out` (byte); return what is wrong with it, of `FAULTS`, or 0."""
+    fault = check_slab(content, offset, nbytes, len(out))
+    if fault != OK:
+        return fault
+    block = content.ctypes.data + offset + SLAB_HEADER
+    got = lz4_decompress_safe(block, out.ctypes.data, nbytes - SLAB_HEADER - CRC_BYTES, len(out))
+    return OK if got == len(out) else LZ4
+
+
+@numba.njit(cache=True, nogil=True)
 def _decode_slabs(content: np.ndarray, index: np.ndarray, out: np.ndarray) -> tuple[int, int]:
     """Check and decode all slabs into `out` (slab, byte); return the first fault and its slab."""
-    start = content.ctypes.data
-    length = np.int64(len(content))
     for number in range(len(index)):
-        offset, nbytes = np.int64(index[number, 0]), np.int64(index[number, 1])
-        if offset < 0 or nbytes <= SLAB_HEADER + CRC_BYTES or nbytes > length or offset > length - nbytes:
-            return _OUTSIDE, number
-        end = offset + nbytes - CRC_BYTES
-        if crc32c(start + offset, end - offset) != _uint32_at(content, end):
-            return _CHECKSUM, number
-        if _uint32_at(content, offset) != out.shape[1]:
-            return _LENGTH, number
-        block = offset + SLAB_HEADER
-        target = out.ctypes.data + number * out.shape[1]
-        if lz4_decompress_safe(start + block, target, end - block, out.shape[1]) != out.shape[1]:
-            return _LZ4, number
-    return _OK, 0
+        fault = decode_slab(content, np.int64(index[number, 0]), np.int64(index[number, 1]), out[number])
+        if fault != OK:
+            return fault, number
+    return OK, 0
 
 
 @numba.njit(cache=True, nogil=True)
@@ -120,10 +137,7 @@ def _uint32_at(content: np.ndarray, at: int) -> int:
 
 def _decode_shard_compiled(content: np.ndarray, slab: int, out: np.ndarray) -> None:
     slabs = out.shape[0] // slab
-    index = read_index(content, slabs)
-    fault, number = _decode_slabs(content, index, out.reshape(slabs, -1))
-    if fault:
-        _refuse(fault, number, *index[number].tolist())
+    refuse(*_decode_slabs(content, read_index(content, slabs), out.reshape(slabs, -1)))
 
 
 #: The decoder that readers use, with the parameters of `decode_shard_slowly`.

@@ -84,8 +84,8 @@ def loaded_batches(
     Parameters
     ----------
     new_batch
-        ``new_batch(scans)`` gives what threads fill: item i is the target of scan i, see `ScanThreads`. A target with a
-        ``reserve`` method is also where the bytes are read to.
+        ``new_batch(scans)`` gives what threads fill: item i is the target of scan i, see `ScanThreads`. A target that
+        is a `loaders.fetch.Buffer` is also where the bytes are read to.
     describe
         Names a row in errors.
     ahead

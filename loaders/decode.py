@@ -9,24 +9,12 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-import google_crc32c
 import numba
 import numpy as np
-from numcodecs import lz4
 
-from ingest.crc32c import crc32c
-from ingest.decode import COMPILED, lz4_decompress_safe
-from ingest.shard import CRC_BYTES, SLAB_HEADER
+from ingest.decode import COMPILED, OK, check_slab, decode_slab, decode_slab_slowly, refuse
 from loaders.fetch import Payload
 from loaders.views import Picture
-
-_OK, _OUTSIDE, _CHECKSUM, _LENGTH, _LZ4 = range(5)
-_REASONS = {
-    _OUTSIDE: "lies outside the shard",
-    _CHECKSUM: "has a wrong checksum",
-    _LENGTH: "announces another length than its planes have",
-    _LZ4: "is no LZ4 block of its length",
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ class Decoder:
         else:
             flat = out.reshape(len(slabs), -1)
             fault, number = _decode_by_table(content, index, scratch.reshape(-1), flat, self.table)
-        _refuse(fault, number, slabs)
+        refuse(fault, slabs[number])
 
     def decode_slowly(self, payload: Payload, out: np.ndarray) -> None:
         """Do the same as `decode` in plain Python: the reference."""
@@ -105,19 +93,8 @@ class Decoder:
         for number, (start, nbytes) in enumerate(payload.index.tolist()):
             target = out[number * planes : (number + 1) * planes]
             target[...] = 0
-            if not nbytes:
-                continue
-            if nbytes <= SLAB_HEADER + CRC_BYTES or start + nbytes > len(payload.content):
-                _refuse(_OUTSIDE, number, self.picture.slabs)
-            block = payload.content[start : start + nbytes]
-            if google_crc32c.value(block[:-CRC_BYTES]) != int.from_bytes(block[-CRC_BYTES:].tobytes(), "little"):
-                _refuse(_CHECKSUM, number, self.picture.slabs)
-            if int.from_bytes(block[:SLAB_HEADER].tobytes(), "little") != target.nbytes:
-                _refuse(_LENGTH, number, self.picture.slabs)
-            try:
-                lz4.decompress(block[:-CRC_BYTES], target)
-            except RuntimeError:
-                _refuse(_LZ4, number, self.picture.slabs)
+            if nbytes:
+                refuse(decode_slab_slowly(payload.content, start, nbytes, target), self.picture.slabs[number])
 
     def decode_slabs(self, payload: Payload, out: np.ndarray) -> None:
         """Check and decode the wanted slabs themselves into `out`, uint8 (planes of all these slabs, y, x).
@@ -129,7 +106,7 @@ class Decoder:
         """
         if COMPILED:
             fault, number = _decode_all(payload.content, payload.index, out.reshape(len(payload.index), -1))
-            _refuse(fault, number, self.picture.slabs)
+            refuse(fault, self.picture.slabs[number])
         else:
             self._decode_slabs_slowly(payload, out)
 
@@ -144,7 +121,7 @@ class Decoder:
         raw = int(np.prod(self.slab_shape))
         if COMPILED:
             fault, number = _check_slabs(payload.content, payload.index, raw)
-            _refuse(fault, number, self.picture.slabs)
+            refuse(fault, self.picture.slabs[number])
         else:
             self._decode_slabs_slowly(
                 payload, np.empty((len(payload.index) * self.slab_shape[0], *self.slab_shape[1:]), np.uint8)
@@ -162,54 +139,24 @@ def _scratch(shape: tuple[int, int, int]) -> np.ndarray:
     return found
 
 
-def _refuse(fault: int, number: int, slabs: np.ndarray) -> None:
-    if fault != _OK:
-        raise ValueError(f"slab {slabs[number]} {_REASONS[fault]}")
-
-
-@numba.njit(cache=True, nogil=True)
-def _check_slab(content: np.ndarray, start: int, nbytes: int, raw: int) -> int:
-    """Return what is wrong with a slab that has bytes."""
-    length = np.int64(len(content))
-    if start < 0 or nbytes <= SLAB_HEADER + CRC_BYTES or nbytes > length or start > length - nbytes:
-        return _OUTSIDE
-    end = start + nbytes - CRC_BYTES
-    if crc32c(content.ctypes.data + start, end - start) != _uint32_at(content, end):
-        return _CHECKSUM
-    return _OK if _uint32_at(content, start) == raw else _LENGTH
-
-
-@numba.njit(cache=True, nogil=True)
-def _uint32_at(content: np.ndarray, at: int) -> int:
-    """Read four little-endian bytes."""
-    low = np.int64(content[at]) | np.int64(content[at + 1]) << 8
-    return int(low | np.int64(content[at + 2]) << 16 | np.int64(content[at + 3]) << 24)
-
-
 @numba.njit(cache=True, nogil=True)
 def _check_slabs(content: np.ndarray, index: np.ndarray, raw: int) -> tuple[int, int]:
     """Return the first fault and the number of its slab."""
     for number in range(len(index)):
         if index[number, 1]:
-            fault = _check_slab(content, np.int64(index[number, 0]), np.int64(index[number, 1]), raw)
-            if fault != _OK:
+            fault = check_slab(content, np.int64(index[number, 0]), np.int64(index[number, 1]), raw)
+            if fault != OK:
                 return fault, number
-    return _OK, 0
+    return OK, 0
 
 
 @numba.njit(cache=True, nogil=True)
 def _decode_slab(content: np.ndarray, index: np.ndarray, number: int, out: np.ndarray) -> int:
     """Check a slab and decode it into `out` (byte); return what is wrong with it."""
-    start, nbytes = np.int64(index[number, 0]), np.int64(index[number, 1])
-    if nbytes == 0:
+    if index[number, 1] == 0:
         out[:] = 0
-        return _OK
-    fault = _check_slab(content, start, nbytes, len(out))
-    if fault != _OK:
-        return fault
-    block = content.ctypes.data + start + SLAB_HEADER
-    got = lz4_decompress_safe(block, out.ctypes.data, nbytes - SLAB_HEADER - CRC_BYTES, len(out))
-    return _OK if got == len(out) else _LZ4
+        return OK
+    return decode_slab(content, np.int64(index[number, 0]), np.int64(index[number, 1]), out)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -217,9 +164,9 @@ def _decode_all(content: np.ndarray, index: np.ndarray, out: np.ndarray) -> tupl
     """Decode all slabs into `out`, uint8 (slab, byte)."""
     for number in range(len(index)):
         fault = _decode_slab(content, index, number, out[number])
-        if fault != _OK:
+        if fault != OK:
             return fault, number
-    return _OK, 0
+    return OK, 0
 
 
 @numba.njit(cache=True, nogil=True)
@@ -229,10 +176,10 @@ def _decode_scaled(
     """Decode all slabs into `out`, float32 (slab, voxel)."""
     for number in range(len(index)):
         fault = _decode_slab(content, index, number, scratch)
-        if fault != _OK:
+        if fault != OK:
             return fault, number
         _scale(scratch, out[number], gain, bias)
-    return _OK, 0
+    return OK, 0
 
 
 @numba.njit(cache=True, nogil=True)
@@ -248,10 +195,10 @@ def _decode_by_table(
     """Decode all slabs into `out` (slab, voxel), each grey level as the table says."""
     for number in range(len(index)):
         fault = _decode_slab(content, index, number, scratch)
-        if fault != _OK:
+        if fault != OK:
             return fault, number
         _look_up(scratch, table, out[number])
-    return _OK, 0
+    return OK, 0
 
 
 @numba.njit(cache=True, nogil=True)
@@ -269,7 +216,7 @@ def _decode_slices(
     planes, rows, _ = scratch.shape
     for number in range(len(index)):
         fault = _decode_slab(content, index, number, scratch.reshape(-1))
-        if fault != _OK:
+        if fault != OK:
             return fault, number
         first = slabs[number] * planes
         for which in range(len(positions)):
@@ -284,4 +231,4 @@ def _decode_slices(
             else:
                 for z in range(planes):
                     _look_up(scratch[z, :, at], table, out[which, depth - 1 - first - z])
-    return _OK, 0
+    return OK, 0

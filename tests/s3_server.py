@@ -32,7 +32,10 @@ from typing import Literal, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import obstore
+import pytest
 from obstore.store import S3Store
+
+from ingest import places
 
 REGION = "us-east-1"
 ACCESS_KEY = "tests"
@@ -688,3 +691,12 @@ def _error(status: int, *, bare: bool) -> bytes:
     reason = http.client.responses.get(status, "Fault")
     head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + (b"" if bare else body)
+
+
+def use(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process use the server that these variables tell of, and no other."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    places._client.cache_clear()

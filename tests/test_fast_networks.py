@@ -19,7 +19,7 @@ from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
 from extract import build_encoder, extract, fast, open_embeddings
 from extract.fast import batch_size_for, choose_batch_size, choose_precision, compile_network, exact_float32
-from extract.fold import fold_batch_norms
+from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import GreyConvolution, collapse_to_grey
 from extract.weights import load_weights
 from loaders import View
@@ -79,6 +79,17 @@ def test_folded_batch_norms_change_nothing(make):
     assert not norms(folded)
     pictures = torch.randn(2, 3, *((40, 33) if make in (resnet18, resnet50) else (8, 24, 17)))
     assert_close(folded(pictures), plain(pictures))
+
+
+@pytest.mark.parametrize("make", [resnet18, resnet50, r3d_18])
+@torch.inference_mode()
+def test_pooling_first_changes_not_a_bit(make):
+    plain = trained(make)
+    swapped = copy.deepcopy(plain)
+    pool_before_relu(swapped)
+    assert (str(swapped) != str(plain)) == (make is not r3d_18)
+    pictures = torch.randn(2, 3, *((8, 24, 17) if make is r3d_18 else (40, 33)))
+    assert torch.equal(swapped(pictures), plain(pictures))
 
 
 @pytest.mark.parametrize(("make", "size"), CASES)

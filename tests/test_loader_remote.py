@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numba
 import numpy as np
 import obstore
 import pytest
-from s3_server import Fault, FaultyProxy, S3Server, s3_server
+from s3_server import Fault, FaultyProxy, S3Server, s3_server, use
 from small_store import SHAPE, SLAB, make_store
 
 from ingest import places
@@ -67,14 +66,6 @@ def large(server, tmp_path_factory) -> Path:
     write_scans(path, [ScanRow(f"p{row}", "", "T1", f"{row}.nii.gz", status="ok") for row in range(LARGE)])
     server.put_tree("stores", "large.zarr", path)
     return path
-
-
-def use(variables: dict[str, str], monkeypatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    places._client.cache_clear()
 
 
 @pytest.fixture
@@ -291,8 +282,12 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(server, local, store, n
         batches = iter(loader)
         images = [next(batches).images.numpy()]
         server.kill()
-        threading.Timer(1.0, server.start).start()
-        images += [batch.images.numpy() for batch in batches]
+        restart = threading.Timer(1.0, server.start)
+        restart.start()
+        try:
+            images += [batch.images.numpy() for batch in batches]
+        finally:
+            restart.join()  # it answers some time before `start` has seen that it does
     np.testing.assert_array_equal(np.concatenate(images), images_of(local))
     assert network.unreachable > 0
 

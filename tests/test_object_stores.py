@@ -19,7 +19,7 @@ import pytest
 import zarr
 from conftest import ellipsoid, write_nifti
 from nifti_cases import nifti_pair
-from s3_server import Fault, FaultyProxy, S3Server, s3_server
+from s3_server import Fault, FaultyProxy, S3Server, s3_server, use
 
 from ingest import IngestSettings, ingest, lease, open_store, places, remote_tables
 from ingest.errors import StoreError
@@ -59,14 +59,6 @@ def proxy(server, monkeypatch) -> Iterator[FaultyProxy]:
         use(between.environment, monkeypatch)
         monkeypatch.setitem(places._RETRY, "backoff", {"init_backoff": places.timedelta(milliseconds=20)})
         yield between
-
-
-def use(variables: dict[str, str], monkeypatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    places._client.cache_clear()
 
 
 def scan_bytes(folder: Path, seed: int) -> bytes:
