@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -190,6 +191,26 @@ def build_encoder(
         network, model, loaded, view, slices, scale, chosen, dtype, plain,
         compile_network(network, chosen) if compiled else None,
     )  # fmt: skip
+
+
+def describe(encoder: Encoder) -> dict[str, Any]:
+    """Return what goes into the attributes of embeddings: everything about the encoder that decides about them."""
+    return {
+        "model": encoder.model,
+        "weights": {"name": encoder.weights.name, "sha256": encoder.weights.sha256},
+        "layer": "avgpool",
+        "view": str(encoder.view),
+        "slices": encoder.slices,
+        "pooling": "mean over slices",
+        "scale": encoder.scale,
+        "input": {
+            "rule": "stored / 255, minus mean, over std",
+            "mean": encoder.weights.mean,
+            "std": encoder.weights.std,
+        },
+        "precision": encoder.precision,
+        "compiled": encoder.compiled is not None,
+    }
 
 
 def _fill(network: nn.Module, weights: Weights, model: str) -> None:

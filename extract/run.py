@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from extract.embeddings import Embeddings
-from extract.encoder import Encoder
+from extract.encoder import Encoder, describe
 from extract.fast import choose_batch_size
 from ingest.places import Place
 from ingest.store import open_store, package_versions
@@ -90,20 +90,7 @@ def extract(
         phenotypes=volumes.phenotypes.iloc[rows].reset_index(drop=True),
         variables=volumes.variables,
         attrs={
-            "model": encoder.model,
-            "weights": {"name": encoder.weights.name, "sha256": encoder.weights.sha256},
-            "layer": "avgpool",
-            "view": str(encoder.view),
-            "slices": encoder.slices,
-            "pooling": "mean over slices",
-            "scale": encoder.scale,
-            "input": {
-                "rule": "stored / 255, minus mean, over std",
-                "mean": encoder.weights.mean,
-                "std": encoder.weights.std,
-            },
-            "precision": encoder.precision,
-            "compiled": encoder.compiled is not None,
+            **describe(encoder),
             "backend": loader.backend,
             "store": {
                 "path": str(volumes.path.absolute()),
