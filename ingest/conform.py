@@ -71,28 +71,25 @@ def to_ras(volume: NiftiVolume) -> tuple[np.ndarray, tuple[bool, bool, bool], np
     affine : numpy.ndarray
         (4, 4), voxel (x, y, z) -> mm, of the data turned round.
     """
-    orientation = _orientation(volume.affine.tobytes())
-    xyz = volume.data.transpose(2, 1, 0)
-    affine = volume.affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
-    order = np.argsort(orientation[:, 0])
-    data = np.ascontiguousarray(xyz.transpose(order).transpose(2, 1, 0))
-    right, anterior, superior = (bool(direction < 0) for direction in orientation[order, 1])
-    return data, (superior, anterior, right), affine
+    order, flips, affine = _orientation(volume.affine.tobytes(), volume.data.shape[::-1])
+    data = np.ascontiguousarray(volume.data.transpose(2, 1, 0).transpose(order).transpose(2, 1, 0))
+    return data, flips, affine.copy()
 
 
 @functools.lru_cache(maxsize=64)
-def _orientation(affine: bytes) -> np.ndarray:
-    """Return nibabel's orientation of an affine (its bytes); the scans of a cohort often share one."""
-    return np.asarray(nib.orientations.io_orientation(np.frombuffer(affine).reshape(4, 4)))
+def _orientation(affine: bytes, shape_xyz: tuple[int, ...]) -> tuple[np.ndarray, tuple[bool, bool, bool], np.ndarray]:
+    """Return the order of the axes (x, y, z) and the rest of `to_ras`; the scans of a cohort often share an affine."""
+    matrix = np.frombuffer(affine).reshape(4, 4)
+    orientation = nib.orientations.io_orientation(matrix)
+    order = np.argsort(orientation[:, 0])
+    right, anterior, superior = (bool(direction < 0) for direction in orientation[order, 1])
+    return order, (superior, anterior, right), matrix @ nib.orientations.inv_ornt_aff(orientation, shape_xyz)
 
 
 def _conform_template(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
     data, flips, affine = to_ras(volume)
-    matrix = np.linalg.inv(affine) @ grid.affine
-    shift = np.rint(matrix[:3, 3]).astype(int)
-    off = np.abs(matrix[:3] - np.column_stack([np.eye(3), shift])).max(axis=0)
-    same_voxels = off[:3].max() < 1e-4 and off[3] < 1e-2
-    box = _crop(volume, data, flips, shift[::-1], grid.shape_zyx) if same_voxels else None
+    matrix, shift = _place(affine.tobytes(), grid)
+    box = None if shift is None else _crop(volume, data, flips, shift[::-1], grid.shape_zyx)
     coverage = _share(box) if box else _coverage(matrix, data.shape, grid.shape_zyx)
     if coverage < MIN_COVERAGE:
         raise ScanError(
@@ -106,6 +103,15 @@ def _conform_template(volume: NiftiVolume, grid: Grid) -> ConformedVolume:
     low = grid.affine[:3, 3] - grid.voxel_mm / 2
     high = low + np.array(grid.shape_zyx[::-1]) * grid.voxel_mm
     return ConformedVolume(VoxelBox.whole(out), _count_outside(volume, 0.0, low, high, -np.inf))
+
+
+@functools.lru_cache(maxsize=64)
+def _place(affine: bytes, grid: Grid) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the matrix from voxels (x, y, z) of a grid to those of a scan; if they are the same, by how many moved."""
+    matrix = np.linalg.inv(np.frombuffer(affine).reshape(4, 4)) @ grid.affine
+    shift = np.rint(matrix[:3, 3]).astype(int)
+    off = np.abs(matrix[:3] - np.column_stack([np.eye(3), shift])).max(axis=0)
+    return matrix, shift if off[:3].max() < 1e-4 and off[3] < 1e-2 else None
 
 
 def _conform_native(volume: NiftiVolume, grid: Grid) -> ConformedVolume:

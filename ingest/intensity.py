@@ -15,6 +15,7 @@ _SAMPLE_STEP = (5, 7, 5)  # every 175th voxel tells well enough where to look fo
 
 _ONE = np.uint32(1)
 _FINITE = np.uint32(0x7F7FFFFF)  # the bits of the largest float32
+_PIECE = 32  # voxels that are looked through one by one if any of them is bright
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def to_grey_levels(box: VoxelBox, rule: IntensityRule) -> StoredVolume:
     scale = top / rule.top_level
     if not scale > 0 or not np.isfinite(1 / scale):
         raise ScanError("bad_image", f"intensities are too small to scale (99.9th percentile {top:g})")
-    out = np.zeros(box.shape_zyx, np.uint8)
     start, stop = np.array(box.start), np.array(box.stop)
+    fills_grid = tuple(stop - start) == box.shape_zyx
+    out = np.empty(box.shape_zyx, np.uint8) if fills_grid else np.zeros(box.shape_zyx, np.uint8)
     brain_voxels, total = _quantise(
         box.data, box.slope, box.inter, start, stop, np.array(box.flips), np.array(box.first), occupied,
         1 / scale, rule.top_level, out,
@@ -133,22 +135,20 @@ def _positive_percentile(box: VoxelBox, percentile: float) -> tuple[float, int, 
         occupied = np.zeros(stop[:2] - start[:2], np.bool_)
         tail = np.empty(int(np.prod(stop - start)), np.float32)  # memory that is not written costs nothing
         if box.data.dtype == np.float32 and (box.slope, box.inter) == (1, 0):
-            totals, ends = _survey_bits(box.data.view(np.uint32), start, stop, bound, occupied, tail)
+            count, outside, found = _survey_bits(box.data.view(np.uint32), start, stop, bound, occupied, tail)
         else:
-            totals, ends = _survey(box.data, box.slope, box.inter, start, stop, bound, occupied, tail)
-        count, outside, found = totals.tolist()
-        lowest, highest = ends.tolist()
+            count, outside, found = _survey(box.data, box.slope, box.inter, start, stop, bound, occupied, tail)
         if count == 0:
             raise ScanError("bad_image", "no positive voxel inside the grid")
-        if lowest == highest:
-            raise ScanError("bad_image", f"constant image: every positive voxel is {lowest:g}")
+        if bound == 0 and np.ptp(tail[:found]) == 0:  # else there is the bound, which is a voxel's, and one above it
+            raise ScanError("bad_image", f"constant image: every positive voxel is {tail[0]:g}")
         rank = percentile / 100 * (count - 1)
         low = int(rank)
         if found >= count - low:
             break
-    above = np.sort(tail[:found])
     first = low - (count - found)
     last = min(first + 1, found - 1)
+    above = np.partition(tail[:found], (first, last))
     value = float(above[first]) + (float(above[last]) - float(above[first])) * (rank - low)
     return value, outside, occupied
 
@@ -184,84 +184,84 @@ def _sample(
 def _survey(
     data: np.ndarray, slope: float, inter: float, start: np.ndarray, stop: np.ndarray, bound: float,
     occupied: np.ndarray, tail: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[int, int, int]:  # fmt: skip
     """Count the positive voxels of the box, and of the rest; collect those of the box that are above `bound`.
 
     Returns
     -------
-    totals : numpy.ndarray
-        int64: positive voxels in the box, positive voxels elsewhere, how many values of `tail` were written.
-    ends : numpy.ndarray
-        float32: the smallest and the largest of the positive voxels in the box.
+    count : int
+        Positive voxels in the box.
+    outside : int
+        Positive voxels elsewhere.
+    found : int
+        How many values of `tail` were written.
     """
-    totals, ends = np.zeros(3, np.int64), np.array([np.inf, 0], np.float32)
     bits_of_bound = np.array([bound], np.float32).view(np.uint32)[0]
     row = np.empty(data.shape[2], np.float32)
-    bits = row.view(np.uint32)
-    tail_bits, end_bits = tail.view(np.uint32), ends.view(np.uint32)
+    bits, tail_bits = row.view(np.uint32), tail.view(np.uint32)
+    count, everywhere, found = 0, 0, 0
     for z in range(data.shape[0]):
         for y in range(data.shape[1]):
             clean_row(data[z, y], slope, inter, row)
-            totals[1] += _positive_range(bits, 0, len(bits))[0]
+            everywhere += _positive(bits, 0, len(bits))[0]
             if start[0] <= z < stop[0] and start[1] <= y < stop[1]:
-                _survey_row(z, y, bits, start, stop, bits_of_bound, occupied, tail_bits, totals, end_bits)
-    totals[1] -= totals[0]
-    return totals, ends
+                here, found = _survey_row(bits, start[2], stop[2], bits_of_bound, tail_bits, found)
+                occupied[z - start[0], y - start[1]] = here > 0
+                count += here
+    return count, everywhere - count, found
 
 
 @numba.njit(cache=True, nogil=True)
 def _survey_bits(
     bits: np.ndarray, start: np.ndarray, stop: np.ndarray, bound: float, occupied: np.ndarray, tail: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[int, int, int]:
     """Do the same with the bits (uint32) of float32 intensities, which need no copy."""
-    totals, ends = np.zeros(3, np.int64), np.array([np.inf, 0], np.float32)
     bits_of_bound = np.array([bound], np.float32).view(np.uint32)[0]
-    tail_bits, end_bits = tail.view(np.uint32), ends.view(np.uint32)
+    tail_bits, width = tail.view(np.uint32), bits.shape[2]
+    count, everywhere, found = 0, 0, 0
     for z in range(bits.shape[0]):
-        plane = bits[z].reshape(-1)
-        totals[1] += _positive_range(plane, 0, len(plane))[0]
-        if start[0] <= z < stop[0]:
+        plane = bits[z].reshape(-1)  # and not a view of each row, which takes as long to make as to survey
+        in_plane = _positive(plane, 0, len(plane))[0]
+        everywhere += in_plane
+        if in_plane and start[0] <= z < stop[0]:
             for y in range(start[1], stop[1]):
-                _survey_row(z, y, bits[z, y], start, stop, bits_of_bound, occupied, tail_bits, totals, end_bits)
-    totals[1] -= totals[0]
-    return totals, ends
+                at = y * width
+                here, found = _survey_row(plane, at + start[2], at + stop[2], bits_of_bound, tail_bits, found)
+                occupied[z - start[0], y - start[1]] = here > 0
+                count += here
+    return count, everywhere - count, found
 
 
 @numba.njit(cache=True, nogil=True)
-def _survey_row(
-    z: int, y: int, bits: np.ndarray, start: np.ndarray, stop: np.ndarray, bound: int, occupied: np.ndarray,
-    tail: np.ndarray, totals: np.ndarray, ends: np.ndarray,
-) -> None:  # fmt: skip
-    """Add a row of the box to the survey."""
-    count, lowest, highest = _positive_range(bits, start[2], stop[2])
-    totals[0] += count
-    occupied[z - start[0], y - start[1]] = count > 0
-    ends[0], ends[1] = min(ends[0], lowest), max(ends[1], highest)
+def _survey_row(bits: np.ndarray, begin: int, end: int, bound: int, tail: np.ndarray, found: int) -> tuple[int, int]:
+    """Append what is above `bound` to the `found` values of `tail`; return the positive voxels, and `found` anew."""
+    count, highest = _positive(bits, begin, end)
     if highest > bound:
-        for value in bits[start[2] : stop[2]]:
-            if bound < value <= _FINITE:
-                tail[totals[2]] = value
-                totals[2] += 1
+        for first in range(begin, end, _PIECE):  # few pieces of the row hold any
+            last = min(first + _PIECE, end)
+            if _positive(bits, first, last)[1] > bound:
+                for value in bits[first:last]:
+                    if bound < value <= _FINITE:
+                        tail[found] = value
+                        found += 1
+    return count, found
 
 
 @numba.njit(cache=True, nogil=True)
-def _positive_range(bits: np.ndarray, begin: int, end: int) -> tuple[int, np.uint32, np.uint32]:
-    """Return how many of some of the floats are positive and finite, and the bits of the smallest and largest of those.
+def _positive(bits: np.ndarray, begin: int, end: int) -> tuple[int, np.uint32]:
+    """Return how many of some of the floats are positive and finite, and the bits of the largest of those, or 0.
 
     Their bits are in the order of the floats, and lie between 0 and those of infinity; less one, all others lie above
-    them. One comparison of integers tells, and compilers make vectors of it. Without any, the bits are those of
-    infinity and of 0.
+    them. One comparison of integers tells, and compilers make vectors of it.
     """
-    count, lowest, highest = np.uint32(0), _FINITE, np.uint32(0)
+    count, highest = np.uint32(0), np.uint32(0)
     first = np.uint64(begin)  # unsigned: an index that cannot count from the end allows vectors
     for x in range(end - begin):
         value = bits[first + np.uint64(x)]
-        less_one = np.uint32(value - _ONE)
-        positive = less_one < _FINITE
-        lowest = min(lowest, less_one)
+        positive = np.uint32(value - _ONE) < _FINITE
         highest = max(highest, value if positive else np.uint32(0))
         count = np.uint32(count + (_ONE if positive else np.uint32(0)))
-    return int(count), np.uint32(lowest + _ONE), highest
+    return int(count), highest
 
 
 @numba.njit(cache=True, nogil=True)
@@ -271,44 +271,60 @@ def _quantise(
 ) -> tuple[int, int]:  # fmt: skip
     """Write grey levels to `out`; return how many are not zero, and their sum."""
     width = stop[2] - start[2]
-    row, levels = np.empty(width, np.float32), np.empty(width, np.uint8)
+    levels = np.empty(width, np.uint8)
     count, total = 0, 0
     for z in range(start[0], stop[0]):
+        to_z = first[0] + (stop[0] - 1 - z if flips[0] else z - start[0])
+        plane, target = data[z].reshape(-1), out[to_z].reshape(-1)
         for y in range(start[1], stop[1]):
+            to_y = first[1] + (stop[1] - 1 - y if flips[1] else y - start[1])
+            to = to_y * out.shape[2] + first[2]
             if not occupied[z - start[0], y - start[1]]:
+                target[to : to + width] = 0
                 continue
-            clean_row(data[z, y, start[2] : stop[2]], slope, inter, row)
-            _levels(row, gain, top_level, levels)
-            here, sum_here = _count_and_sum(levels)
+            here, sum_here = _levels(plane, y * data.shape[2] + start[2], slope, inter, gain, top_level, levels)
             count += here
             total += sum_here
-            to_z = first[0] + (stop[0] - 1 - z if flips[0] else z - start[0])
-            to_y = first[1] + (stop[1] - 1 - y if flips[1] else y - start[1])
-            target = out[to_z, to_y, first[2] : first[2] + width]
-            if flips[2]:
-                _reverse(levels, target)
-            else:
-                target[:] = levels
+            _put(levels, flips[2], target, to)
     return count, total
 
 
 @numba.njit(cache=True, nogil=True)
-def _levels(row: np.ndarray, gain: float, top_level: int, out: np.ndarray) -> None:
-    for x in range(len(row)):
-        out[x] = np.uint8(np.int32(min(row[x] * gain + 0.5, np.float64(top_level))))
-
-
-@numba.njit(cache=True, nogil=True)
-def _reverse(levels: np.ndarray, out: np.ndarray) -> None:
-    last = np.uint64(len(levels) - 1)  # unsigned: an index that cannot count from the end allows vectors
-    for x in range(len(levels)):
-        out[last - np.uint64(x)] = levels[np.uint64(x)]
-
-
-@numba.njit(cache=True, nogil=True)
-def _count_and_sum(levels: np.ndarray) -> tuple[int, int]:
+def _levels(
+    raw: np.ndarray, begin: int, slope: float, inter: float, gain: float, top_level: int, out: np.ndarray
+) -> tuple[int, int]:
+    """Fill `out` with the grey levels of raw values from `begin` on; return how many are not zero, and their sum."""
+    first, top = np.uint64(begin), np.float64(top_level)
     count, total = np.uint32(0), np.uint32(0)  # enough for a row of 16 million voxels
-    for level in levels:
-        count = np.uint32(count + np.uint32(level != 0))
-        total = np.uint32(total + np.uint32(level))
+    if slope == 1 and inter == 0:  # a loop of its own, which compilers turn into one of vectors
+        for x in range(len(out)):
+            level = _level(np.float32(np.float64(raw[first + np.uint64(x)])), gain, top)
+            out[x] = np.uint8(level)
+            count = np.uint32(count + (_ONE if level != 0 else np.uint32(0)))
+            total = np.uint32(total + level)
+    else:
+        for x in range(len(out)):
+            level = _level(np.float32(raw[first + np.uint64(x)] * slope + inter), gain, top)
+            out[x] = np.uint8(level)
+            count = np.uint32(count + (_ONE if level != 0 else np.uint32(0)))
+            total = np.uint32(total + level)
     return int(count), int(total)
+
+
+@numba.njit(cache=True, nogil=True)
+def _level(value: np.float32, gain: float, top: float) -> np.uint32:
+    """Return the grey level of an intensity (float32); of one that is negative or not finite, 0."""
+    clean = value if value > 0 and value < np.inf else np.float32(0)
+    return np.uint32(np.int32(min(float(clean) * gain + 0.5, top)))
+
+
+@numba.njit(cache=True, nogil=True)
+def _put(levels: np.ndarray, turn: bool, out: np.ndarray, at: int) -> None:
+    """Copy a row to `out` from `at` on, turned round or not."""
+    first, last = np.uint64(at), np.uint64(at + len(levels) - 1)  # unsigned, see `_positive`
+    if turn:
+        for x in range(len(levels)):
+            out[last - np.uint64(x)] = levels[np.uint64(x)]
+    else:
+        for x in range(len(levels)):
+            out[first + np.uint64(x)] = levels[np.uint64(x)]

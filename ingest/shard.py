@@ -10,7 +10,10 @@ The raw LZ4 block of a slab is bytes ``offset + 4`` to ``offset + nbytes - 4``: 
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import threading
 import uuid
 from pathlib import Path
 from typing import overload
@@ -24,8 +27,11 @@ from ingest.places import ObjectPath, Place
 SLAB_HEADER = 4  # raw length
 CRC_BYTES = 4
 INDEX_ENTRY = 16
-#: Packs a brain in 0.7 of the time that 1 takes, into 0.7 % more bytes.
-LZ4_ACCELERATION = 4
+#: Packs a brain in half of the time that 1 takes, into 0.9 % more bytes.
+LZ4_ACCELERATION = 16
+
+_BLOCK = 4096  # what disks want of a write that goes past the cache: its size and place are multiples of it
+_of_thread = threading.local()
 
 
 def index_bytes(slabs: int) -> int:
@@ -86,14 +92,17 @@ def write_shard(path: Place, content: bytes) -> None:
     if not isinstance(path, Path):
         path.write_bytes(content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(path)
+    try:
+        os.makedirs(path.parent)
+    except FileExistsError:
+        _remove_unfinished(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        if not _write_past_the_cache(temporary, content):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         try:
             temporary.replace(path)
         except FileNotFoundError:
@@ -102,6 +111,36 @@ def write_shard(path: Place, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _write_past_the_cache(path: Path, content: bytes) -> bool:
+    """Write a new file from this process's memory straight to the disk; return whether the file system can do that.
+
+    Pages of the system's cache, which nobody will read soon, need not be found, filled and thrown away: that takes
+    longer than compressing what is in them, and pushes out what others have there.
+    """
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    size = -(-len(content) // _BLOCK) * _BLOCK
+    buffer: mmap.mmap | None = getattr(_of_thread, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        buffer = _of_thread.buffer = mmap.mmap(-1, size)  # begins at a page, as such writes must
+    buffer[: len(content)] = content
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o666)
+        try:
+            with memoryview(buffer) as view:
+                written = os.write(file, view[:size])
+            os.truncate(file, len(content))
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        return False
+    return written == size
 
 
 def remove_shard(path: Place) -> None:
