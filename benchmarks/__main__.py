@@ -89,6 +89,25 @@ def extract_command(
         save(report, json_file)
 
 
+@app.command("probe")
+def probe_command(
+    scans: Annotated[int, typer.Option(min=100, help="That ours is measured with, too.")] = 40_000,
+    peer_scans: Annotated[int, typer.Option(min=100, help="That all are measured with.")] = 2_000,
+    features: Annotated[int, typer.Option(min=4)] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Of everything but the large cohort.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Probe embeddings: ours, scikit-learn's nested pipelines, and the limit; 5 minutes."""
+    from benchmarks.probe import run_probe
+
+    report = run_probe(scans=scans, peer_scans=peer_scans, features=features, turns=repeats)
+    show(report, Console())
+    for count, seconds in report.settings["limit_seconds"].items():
+        print(f"limit with {count} scans: {seconds} s at {report.settings['gemm_gflops']} GFLOP/s")
+    if json_file:
+        save(report, json_file)
+
+
 @app.command("ingest")
 def ingest_command(
     scans: Annotated[int, typer.Option(min=4, help="Archives to ingest.")] = 256,

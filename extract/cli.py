@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
-from extract.embeddings import check_suffix, write_embeddings
-from extract.encoder import build_encoder
+from extract.distributed import join_group
+from extract.embeddings import check_suffix
+from extract.encoder import Encoder, build_encoder
 from extract.fast import CompileWarning
-from extract.run import extract
+from extract.resume import ExtractSummary, extract_to
+from extract.timing import Timing
 from extract.weights import WeightsUnavailableError
-from ingest.errors import StoreError
 from ingest.progress import progress_bar
 from ingest.store import open_store
 from loaders.views import View
 
 #: Exit code when weights cannot be had, so that a script can go on with others.
 WEIGHTS_UNAVAILABLE = 3
+
+_SHOWN_SKIPPED = 20
 
 console = Console()
 errors = Console(stderr=True)
@@ -33,14 +37,25 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def extract_command(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A store made by ingest, or s3://bucket/store.zarr")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Embeddings to write: .zarr or .h5")],
-    model: Annotated[str, typer.Option(help="resnet18 (2D) or r3d_18 (3D).")] = "resnet18",
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Embeddings to write: .zarr, .h5, .parquet or .npz")],
+    model: Annotated[
+        str, typer.Option(help="A ResNet of torchvision (2D: resnet18, ...) or video network (3D: r3d_18, s3d, ...).")
+    ] = "resnet18",
     weights: Annotated[
         str | None, typer.Option(help="imagenet, kinetics, random or FILE.", show_default="those of the model")
     ] = None,
+    weights_dir: Annotated[
+        Path | None, typer.Option(help="Folder with torchvision's files.", show_default="torchvision's cache")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="E.g. layer2,layer3,avgpool.", show_default="what the classifier sees")
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="mean, max or both, over positions and slices.")] = "mean",
     view: Annotated[View | None, typer.Option(help="Slices of a 2D model.", show_default="triplanar")] = None,
-    slices: Annotated[int, typer.Option(min=1, help="Slices per view.")] = 3,
-    scale: Annotated[float, typer.Option(help="Resize the input, e.g. 0.5 for half resolution.")] = 1.0,
+    slices: Annotated[int, typer.Option(min=1, help="Slices per plane.")] = 3,
+    crop: Annotated[str | None, typer.Option(help="Z,Y,X: the central part of each volume.")] = None,
+    size: Annotated[str | None, typer.Option(help="Resize each picture to N, H,W or Z,Y,X.")] = None,
+    scale: Annotated[float, typer.Option(help="Or by a factor, e.g. 0.5 for half resolution.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, dali or torch.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -49,53 +64,100 @@ def extract_command(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Scans at a time.", show_default="by free memory")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, whatever it was made from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Embed every scan of a store with a frozen ResNet-18."""
+    """Embed every scan of a store with a frozen network."""
     check_suffix(out)
-    if out.exists() and not overwrite:
-        raise StoreError(f"{out} exists; add --overwrite to replace it, or choose another name")
-    scans = len(open_store(store).ok_rows)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always", CompileWarning)
-        encoder = build_encoder(
-            model, weights=weights, view=view, slices=slices, scale=scale, seed=seed, device=device,
-            precision=precision, compiled=compiled,
+    with join_group() as group:
+        with group.first_here(), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", CompileWarning)
+            open_store(store)  # before weights are looked for
+            encoder = build_encoder(
+                model, weights=weights, weights_dir=weights_dir, layers=_names(layers), pooling=pooling, view=view,
+                slices=slices, crop=_numbers("crop", crop), size=_numbers("size", size), scale=scale, seed=seed,
+                device=group.device(device), precision=precision, compiled=compiled,
+            )  # fmt: skip
+        for warning in warned if group.rank == 0 else []:
+            errors.print(f"warning: {warning.message}", soft_wrap=True, highlight=False, markup=False)
+        logging.getLogger("loaders").addFilter(_is_no_skipped_scan)
+        name = "extract" if group.size == 1 else f"extract (process 1 of {group.size})"
+        with progress_bar(name, errors if group.rank == 0 else Console(quiet=True)) as progress:
+            bar = progress.add_task("extract", total=None)
+
+            def show(timing: Timing) -> None:
+                progress.update(bar, completed=timing.scans, busy=timing.busy)
+
+            summary = extract_to(
+                out, store, encoder, backend=backend, batch_size=batch_size, overwrite=overwrite, group=group,
+                on_plan=lambda scans: progress.update(bar, total=scans), on_batch=show,
+            )  # fmt: skip
+    if summary is not None:
+        _print_summary(out, encoder, summary, as_json=as_json)
+        if summary.skipped:
+            raise typer.Exit(1)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}, expected whole numbers with commas between them") from None
+
+
+def _is_no_skipped_scan(record: logging.LogRecord) -> bool:
+    """Tell of a message of the loader whether it is another one than of those that the summary repeats."""
+    return not record.getMessage().startswith("skipped:")
+
+
+def _print_summary(out: Path, encoder: Encoder, summary: ExtractSummary, *, as_json: bool) -> None:
+    """Print what a run did; scans that were left out go to stderr."""
+    speed = summary.embedded / summary.seconds
+    simulated = summary.attrs["simulated"]
+    for row, reason in list(summary.skipped.items())[:_SHOWN_SKIPPED]:
+        errors.print(f"skipped: row {row}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if summary.skipped:
+        more = len(summary.skipped) - _SHOWN_SKIPPED
+        errors.print(
+            (f"... and {more} more; " if more > 0 else "")
+            + f"{len(summary.skipped)} scans are left out; repair them with ingest verify STORE --repair, then run the "
+            "same command again",
+            soft_wrap=True, highlight=False, markup=False,
         )  # fmt: skip
-    for warning in warned:
-        errors.print(f"warning: {warning.message}", soft_wrap=True, highlight=False, markup=False)
-    started = time.perf_counter()
-    with progress_bar("extract", errors) as progress:
-        bar = progress.add_task("extract", total=scans)
-        embeddings = extract(
-            store, encoder, backend=backend, batch_size=batch_size, on_batch=lambda n: progress.advance(bar, n)
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_embeddings(out, embeddings)
-    seconds = time.perf_counter() - started
-    summary = {
-        "scans": len(embeddings.features),
-        "features": embeddings.features.shape[1],
-        "model": model,
-        "weights": embeddings.attrs["weights"],
-        "view": str(encoder.view),
-        "precision": encoder.precision,
-        "simulated": embeddings.attrs["simulated"],
-        "seconds": round(seconds, 3),
-        "scans_per_second": round(len(embeddings.features) / seconds, 3),
-    }
     if as_json:
-        print(json.dumps(summary))
+        document = {
+            "scans": summary.scans,
+            "features": summary.features,
+            "embedded": summary.embedded,
+            "skipped": [{"row": row, "reason": reason} for row, reason in summary.skipped.items()],
+            "model": encoder.model,
+            "weights": summary.attrs["weights"],
+            "view": str(encoder.view),
+            "precision": encoder.precision,
+            "simulated": simulated,
+            "seconds": round(summary.seconds, 3),
+            "scans_per_second": round(speed, 3),
+            "busy_share": round(summary.timing.busy, 3),
+            "time": summary.timing.to_json(),
+            "processes": summary.processes,
+        }
+        print(json.dumps(document))
         return
+    new = "" if summary.embedded == summary.scans else f", {summary.embedded} of them new"
     console.print(
-        f"{out}: {summary['scans']} scans x {summary['features']} features, {model}, {encoder.weights.name} weights, "
-        f"{encoder.view} view, in {seconds:.1f} s ({summary['scans_per_second']:.1f} scans/s)"
+        f"{out}: {summary.scans} scans x {summary.features} features, {encoder.model}, {encoder.weights.name} weights, "
+        f"{encoder.view} view, in {summary.seconds:.1f} s ({speed:.1f} scans/s){new}"
         + ("" if encoder.precision == "float32" else f", {encoder.precision}")
-        + (", simulated data" if summary["simulated"] else ""),
+        + (", simulated data" if simulated else ""),
         soft_wrap=True,
         highlight=False,
     )
+    if summary.embedded:
+        console.print(summary.timing.in_words(), soft_wrap=True, highlight=False)
 
 
 def main() -> None:
@@ -105,6 +167,14 @@ def main() -> None:
     except WeightsUnavailableError as error:
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(WEIGHTS_UNAVAILABLE)
-    except (ValueError, FileNotFoundError) as error:
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        errors.print(f"error: {reason}; use a smaller --batch-size", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(1)
+    except (ValueError, OSError) as error:
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)
+
+
+if __name__ == "__main__":  # torchrun starts modules
+    main()

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torchvision.models import resnet18
-from torchvision.models.video import r3d_18
 
 from extract.fast import choose_precision, compile_network, exact_float32
 from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import collapse_to_grey
-from extract.weights import Weights, WeightsUnavailableError, load_weights
-from loaders.views import View, slices_of
-
-MODELS = {"resnet18": resnet18, "r3d_18": r3d_18}
-
-#: The 3D models take whole volumes, the 2D ones slices.
-MODELS_3D = frozenset({"r3d_18"})
+from extract.inputs import (
+    as_crop,
+    as_size,
+    crop_pictures,
+    crop_volumes,
+    cut_slices,
+    resize,
+    seen_slices,
+    target_size,
+)
+from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
+from extract.models import check_picture, family_of, make_network
+from extract.weights import Weights, load_weights
+from loaders.views import View
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,15 @@ class Encoder:
     view, slices
         What a 2D network sees of a volume; `View.volume` for a 3D one.
     scale
-        Factor by which the input is resized (by area averaging).
+        Factor by which the input is resized.
+    crop
+        (z, y, x) of the central part that it sees of a stored volume, if not all.
+    size
+        (height, width) or (z, y, x) that pictures are resized to, instead of by ``scale``.
+    layers
+        Where the features come from, in their order.
+    pooling
+        ``mean``, ``max`` or ``both``, over the positions of a layer and over slices.
     dtype
         Of the network and what it computes.
     plain
@@ -51,6 +66,10 @@ class Encoder:
     view: View
     slices: int
     scale: float
+    crop: tuple[int, int, int] | None
+    size: tuple[int, ...] | None
+    layers: tuple[Layer, ...]
+    pooling: str
     device: torch.device
     dtype: torch.dtype = torch.float32
     plain: bool = False
@@ -70,29 +89,68 @@ class Encoder:
         images
             uint8 (scan, z, y, x), RAS.
         cut
-            They are slices already, (scan, slice, height, width), as `loaders.open_loader` cuts them.
+            They are slices already, (scan, slice, height, width), as `loaders.open_loader` cuts them: those that
+            `slices_to_load` names.
 
         Returns
         -------
         torch.Tensor
-            float32 (scan, feature) on the encoder's device, where it may still be worked on; in 2D the mean over all
-            slices.
+            float32 (scan, feature) on the encoder's device, where it may still be worked on; in 2D pooled over all
+            slices, see `extract.layers.pool_slices`.
+
+        Raises
+        ------
+        ValueError
+            See `check`.
         """
         images = images.to(self.device, non_blocking=True)
         rounds = self.device.type == "cuda" and self.dtype is torch.float32
         with exact_float32() if rounds else contextlib.nullcontext():
+            pictures = self._pictures(images, cut)
             if self.view is View.volume:
-                return self._features(images[:, None])
-            groups = [images] if cut else slices_of(images, self.view, self.slices)
-            features = [self._features(group.flatten(0, 1)[:, None]).unflatten(0, group.shape[:2]) for group in groups]
-            return torch.cat(features, dim=1).mean(dim=1)
+                return self._features(pictures[0])
+            features = [
+                self._features(group.flatten(0, 1)[:, None]).unflatten(0, group.shape[:2]) for group in pictures
+            ]
+            return pool_slices(torch.cat(features, dim=1), self.layers, self.pooling)
+
+    def slices_to_load(self, shape_zyx: tuple[int, int, int]) -> np.ndarray:
+        """Return the indices (int64) of the slices that a loader is to cut of stored volumes; none if it gives volumes.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer slices, or the crop is larger than a volume.
+        """
+        if self.view in (View.volume, View.triplanar):
+            return np.empty(0, np.int64)
+        return seen_slices(shape_zyx, self.view, self.slices, self.crop)
+
+    def check(self, shape_zyx: tuple[int, int, int]) -> None:
+        """Check that the encoder takes stored volumes of a shape.
+
+        Raises
+        ------
+        ValueError
+            If the crop is larger, there are fewer slices, or the network does not take what it would see.
+        """
+        names = [layer.name for layer in self.layers]
+        for picture in self._pictures(torch.empty((1, *shape_zyx), dtype=torch.uint8, device="meta"), cut=False):
+            check_picture(self.model, target_size(picture.shape[2:], self.scale, self.size), names)
+
+    def _pictures(self, images: torch.Tensor, cut: bool) -> list[torch.Tensor]:
+        """Return what is seen of scans: per plane (scan, slice, height, width), or volumes (scan, 1, z, y, x)."""
+        if cut:
+            return [crop_pictures(images, self.view, self.crop)]
+        images = crop_volumes(images, self.crop)
+        return [images[:, None]] if self.view is View.volume else cut_slices(images, self.view, self.slices)
 
     def _features(self, grey: torch.Tensor) -> torch.Tensor:
         """uint8 (item, 1, [z,] y, x) -> float32 (item, feature)."""
         spatial = grey.ndim - 2
-        if self.scale != 1:
-            size = [max(1, round(n * self.scale)) for n in grey.shape[2:]]
-            grey = nn.functional.interpolate(grey.float(), size=size, mode="area")
+        size = target_size(grey.shape[2:], self.scale, self.size)
+        check_picture(self.model, size, [layer.name for layer in self.layers])
+        grey = resize(grey, size)
         x = grey.to(self.dtype)
         if self.plain:
             mean, std = (
@@ -110,8 +168,13 @@ def build_encoder(
     model: str = "resnet18",
     *,
     weights: str | None = None,
+    weights_dir: str | os.PathLike[str] | None = None,
+    layers: Sequence[str] | None = None,
+    pooling: str = "mean",
     view: View | None = None,
     slices: int = 3,
+    crop: Sequence[int] | None = None,
+    size: int | Sequence[int] | None = None,
     scale: float = 1.0,
     seed: int = 0,
     device: str = "auto",
@@ -124,15 +187,25 @@ def build_encoder(
     Parameters
     ----------
     model
-        ``resnet18`` (2D) or ``r3d_18`` (3D).
-    weights
+        Any ResNet of torchvision (2D: ``resnet18``, ``wide_resnet50_2``, ...) or video network (3D: ``r3d_18``,
+        ``s3d``, ``swin3d_t``, ...), see `extract.models.MODELS`.
+    weights, weights_dir
         See `extract.weights.load_weights`; by default the pretrained ones of the model.
+    layers
+        Where features are taken, see `extract.layers.check_layers`; by default what the classifier would see.
+    pooling
+        ``mean``, ``max`` or ``both`` (per layer first the means, then the maxima) over all positions of a layer and, in
+        2D, over all slices of all planes: the mean of the slices' means, the greatest of their maxima.
     view
         Slices that a 2D model sees, by default `View.triplanar`; a 3D model takes `View.volume`.
     slices
-        Per view, evenly spaced.
+        Per plane, evenly spaced.
+    crop
+        (z, y, x): only the central part of each volume is seen, and cut into slices.
+    size
+        What each slice or volume is resized to: one number for all axes, or (height, width) or (z, y, x).
     scale
-        Resizes the input, for instance 0.5 for half resolution.
+        Resizes the input, for instance 0.5 for half resolution; excludes ``size``.
     seed
         Of random weights.
     device
@@ -150,45 +223,56 @@ def build_encoder(
     Raises
     ------
     ValueError
-        For an unknown model, a view that does not go with it, or settings that exclude each other.
+        For an unknown model or layer, a view that does not go with it, or settings that exclude each other.
     WeightsUnavailableError
         If the weights cannot be had or do not fit the model.
     """
-    if model not in MODELS:
-        raise ValueError(f"model {model!r} is unknown, expected one of {', '.join(MODELS)}")
+    family = family_of(model)
+    solid = family.axes == 3
     if view is None:
-        view = View.volume if model in MODELS_3D else View.triplanar
-    if (view is View.volume) != (model in MODELS_3D):
-        expected = "volume" if model in MODELS_3D else "axial, coronal, sagittal or triplanar"
+        view = View.volume if solid else View.triplanar
+    if (view is View.volume) != solid:
+        expected = "volume" if solid else "axial, coronal, sagittal or triplanar"
         raise ValueError(f"view {view!s} does not go with {model}, expected {expected}")
     if slices < 1:
         raise ValueError(f"slices is {slices}, expected 1 or more")
     if not 0 < scale <= 1:
         raise ValueError(f"scale is {scale}, expected more than 0 and at most 1")
+    if size is not None and scale != 1:
+        raise ValueError(f"size is {size} and scale {scale}, expected one of them")
+    crop, size = as_crop(crop), as_size(size, family.axes)
+    if size is not None:
+        check_picture(model, size, layers or [family.last])
+    one_picture = solid or (slices == 1 and view is not View.triplanar)
+    names = check_layers(model, layers, pooling, one_picture=one_picture)
     if plain and (compiled or precision not in ("auto", "float32")):
         raise ValueError("a plain network is neither compiled nor of another precision than float32")
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {chosen}, but no GPU is at hand; use device 'cpu'")
     dtype = torch.float32 if plain else choose_precision(precision, chosen)
-    loaded = load_weights(model, weights or ("kinetics" if model in MODELS_3D else "imagenet"))
+    loaded = load_weights(model, weights, weights_dir)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network: nn.Module = MODELS[model](weights=None)
-    network.fc = nn.Identity()
+        network = make_network(model)
     if loaded.state_dict is None:
         loaded = replace(loaded, name=f"random (seed {seed})", sha256=_sha256_of_parameters(network))
     else:
-        _fill(network, loaded, model)
-    network.eval().requires_grad_(False)
+        network.load_state_dict({**network.state_dict(), **loaded.state_dict})
+        loaded = replace(loaded, state_dict=None)  # the network has them now
+    network.requires_grad_(False)
     if not plain:
         fold_batch_norms(network)
         pool_before_relu(network)
         collapse_to_grey(network, loaded.mean, loaded.std)
+    planned = plan_layers(model, names, pooling, vectors_once=one_picture)
+    given = "mean", "max" if family.vector else "mean"  # what the last layer's own output is, position by position
+    if names != (family.last,) or pooling not in given:
+        network = PooledLayers(network, model, names, pooling, vectors_once=one_picture)
     network.to(chosen, dtype)
-    network.to(memory_format=torch.channels_last_3d if model in MODELS_3D else torch.channels_last)
+    network.to(memory_format=torch.channels_last_3d if solid else torch.channels_last)
     return Encoder(
-        network, model, loaded, view, slices, scale, chosen, dtype, plain,
+        network, model, loaded, view, slices, scale, crop, size, planned, pooling, chosen, dtype, plain,
         compile_network(network, chosen) if compiled else None,
     )  # fmt: skip
 
@@ -197,11 +281,17 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     """Return what goes into the attributes of embeddings: everything about the encoder that decides about them."""
     return {
         "model": encoder.model,
-        "weights": {"name": encoder.weights.name, "sha256": encoder.weights.sha256},
-        "layer": "avgpool",
+        "weights": {
+            "name": encoder.weights.name,
+            "sha256": encoder.weights.sha256,
+            "torchvision": encoder.weights.entry,
+        },
+        "layers": [asdict(layer) for layer in encoder.layers],
+        "pooling": encoder.pooling,
         "view": str(encoder.view),
         "slices": encoder.slices,
-        "pooling": "mean over slices",
+        "crop": encoder.crop,
+        "size": encoder.size,
         "scale": encoder.scale,
         "input": {
             "rule": "stored / 255, minus mean, over std",
@@ -211,17 +301,6 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         "precision": encoder.precision,
         "compiled": encoder.compiled is not None,
     }
-
-
-def _fill(network: nn.Module, weights: Weights, model: str) -> None:
-    """Load a state dict; its classifier is left out, all else must fit."""
-    assert weights.state_dict is not None
-    state = {key: value for key, value in weights.state_dict.items() if not key.startswith("fc.")}
-    try:
-        network.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        raise WeightsUnavailableError(f"{weights.name} does not fit {model}: {detail[:400]}") from None
 
 
 def _sha256_of_parameters(network: nn.Module) -> str:

@@ -18,7 +18,8 @@ def fold_batch_norms(network: nn.Module) -> None:
     ----------
     network
         In evaluation mode. Where it has a batch norm next to a convolution among the children of a module, or of a
-        sequence at its end, that must be what sees the convolution's output, as in all of torchvision's ResNets.
+        sequence at its end, that must be what sees the convolution's output, as in all ResNets and the S3D of
+        torchvision.
     """
     for parent in list(network.modules()):
         for (before, _), (name, norm) in pairwise(list(parent.named_children())):

@@ -1,8 +1,9 @@
-"""Cross-validation folds that split people, never their scans, and keep classes and values spread evenly."""
+"""Cross-validation folds that split people (or groups of them), never their scans, and spread classes and values."""
 
 from __future__ import annotations
 
 import numpy as np
+from scipy import stats
 
 
 def class_strata(codes: np.ndarray, people: np.ndarray) -> np.ndarray:
@@ -51,6 +52,29 @@ def value_strata(values: np.ndarray, people: np.ndarray, bins: int = 10) -> np.n
     return ranks * bins // len(ranks)
 
 
+def rank_summary(values: np.ndarray) -> np.ndarray:
+    """Return one number per scan that goes along with many variables: the first principal component of their ranks.
+
+    Parameters
+    ----------
+    values
+        float64, (scan, variable); NaN where missing, which counts as the middle rank.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64, (scan,); all 0 where nothing varies.
+    """
+    ranks = np.zeros_like(values)
+    for column, measured in zip(ranks.T, values.T, strict=True):
+        known = np.isfinite(measured)
+        if known.any() and np.ptp(measured[known]) > 0:
+            column[known] = stats.zscore(stats.rankdata(measured[known]))
+    if not ranks.any():
+        return np.zeros(len(values))
+    return ranks @ np.linalg.eigh(ranks.T @ ranks)[1][:, -1]
+
+
 def deal_folds(people: np.ndarray, strata: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
     """Assign each scan to the fold in which it is tested; a person's scans share one fold.
 
@@ -80,3 +104,88 @@ def deal_folds(people: np.ndarray, strata: np.ndarray, folds: int, rng: np.rando
     fold_of_person = np.empty(len(strata), dtype=np.int64)
     fold_of_person[order] = np.arange(len(strata)) % folds
     return fold_of_person[people]
+
+
+def repeated_folds(groups: np.ndarray, strata: np.ndarray, folds: int, repeats: int, seed: list[int]) -> np.ndarray:
+    """Deal folds anew for each repeat.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, (repeat, scan).
+    """
+    return np.stack(
+        [deal_folds(groups, strata, folds, np.random.default_rng([*seed, repeat])) for repeat in range(repeats)]
+    )
+
+
+def folds_with_all_classes(
+    groups: np.ndarray, people: np.ndarray, codes: np.ndarray, folds: int, repeats: int, seed: list[int], least: int
+) -> np.ndarray | None:
+    """Deal as many folds as leave people of every class to each of them.
+
+    Parameters
+    ----------
+    groups
+        int, (scan,) 0 ... groups-1, each of which occurs; never split.
+    people
+        int, (scan,).
+    codes
+        int, (scan,) 0 ... classes-1.
+    folds
+        At most.
+    least
+        People of each class in each test fold, and on each training side.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        int64, (repeat, scan); None where not even two folds do.
+    """
+    strata = class_strata(codes, groups)
+    _, first = np.unique(np.stack([people, codes]), axis=1, return_index=True)  # each person once per class
+    for number in range(min(folds, len(strata)), 1, -1):
+        dealt = repeated_folds(groups, strata, number, repeats, seed)
+        if all(_sees_all(fold_of[first], codes[first], number, least) for fold_of in dealt):
+            return dealt
+    return None
+
+
+def _sees_all(fold_of: np.ndarray, codes: np.ndarray, folds: int, least: int) -> bool:
+    classes = int(codes.max()) + 1
+    count = np.bincount(fold_of * classes + codes, minlength=folds * classes).reshape(folds, classes)
+    return bool((count >= least).all())
+
+
+def limit_people(
+    people: np.ndarray, strata: np.ndarray, train: np.ndarray, most: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Keep some of the people to train on, of all strata alike; those kept of fewer are among those kept of more.
+
+    Parameters
+    ----------
+    people
+        int, (scan,) 0 ... people-1.
+    strata
+        int, (person,).
+    train
+        bool, (scan,).
+    most
+        People to keep; all are kept if there are no more.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool, (scan,) those of `train` whose people are kept.
+    """
+    candidates = np.unique(people[train])
+    order = np.lexsort((rng.random(len(candidates)), strata[candidates]))
+    sizes = np.bincount(strata[candidates])
+    starts = np.cumsum(sizes) - sizes
+    mine = strata[candidates][order]
+    within = np.arange(len(candidates)) - starts[mine]  # place in one's own stratum, at random
+    turn = np.where(within < 2, -1.0, (within + 0.5) / sizes[mine])  # two of each stratum come first
+    kept = candidates[order][np.lexsort((within, turn))][:most]
+    chosen = np.zeros(len(strata), dtype=bool)
+    chosen[kept] = True
+    return train & chosen[people]

@@ -1,9 +1,9 @@
-"""The two linear models of a probe, ridge and logistic regression, with penalties chosen without splitting people.
+"""Ridge regression, with a penalty per target that is chosen without splitting groups of scans.
 
-Both penalise the squared length of the weights, which a rotation of the features leaves as it is. So the standardised
-training features are rotated to their principal axes once per fold: never more axes than scans, a closed form for
-every ridge penalty, and a scale per axis that lets logistic regression converge in a few steps. The predictions are
-those of the unrotated model.
+Ridge and logistic regression (`extract.logistic`) penalise the squared length of the weights, which a rotation of the
+features leaves as it is. So the standardised training features are rotated to their principal axes once per fold: never
+more axes than scans, and a closed form for every penalty and every target. The predictions are those of the unrotated
+model.
 """
 
 from __future__ import annotations
@@ -11,19 +11,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg, optimize
+from scipy import linalg
 
 #: Penalties over the number of features. For standardised features that share the explained variance R2 evenly the
 #: best is (1 - R2) / R2, at any number of scans (Hoerl, Kennard & Baldwin 1975), so these reach from R2 near 1 to none.
 PENALTIES = np.logspace(5, -5, 21)
 
-_FLAT = 1e-3  # nats over all scans: less is no rise, for the strongest penalties all give nearly the frequencies
+#: Scans at most, in whole groups, that are left out in turn to choose a penalty; the model that they are left out of is
+#: fitted to all scans.
+PENALTY_SCANS = 3000
+
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue: below it an axis is rounding
+_CHUNK_ROWS = 1024  # of which the squares stay in a cache
+_FEWEST_GROUPS = 20  # to leave out, where groups are large
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear model of raw features.
+
+    Attributes
+    ----------
+    coefficients
+        float64, (feature, output).
+    intercept
+        float64, (output,).
+    penalties
+        float64, (output,).
+    """
+
+    coefficients: np.ndarray
+    intercept: np.ndarray
+    penalties: np.ndarray
+
+    def decide(self, features: np.ndarray) -> np.ndarray:
+        """Return what the model says before any link function: (scan, feature) to (scan, output)."""
+        return features @ self.coefficients + self.intercept
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Standardised training features on their principal axes.
+    """The principal axes of standardised training features.
 
     Attributes
     ----------
@@ -31,17 +59,17 @@ class Rotation:
         (feature,) of the training scans; `scale` is infinite for a constant feature, which makes it 0.
     axes
         (feature, axis), orthonormal columns.
-    scores
-        (training scan, axis), centred and uncorrelated.
     eigenvalues
-        (axis,) sums of squares of the columns of `scores`.
+        (axis,) sums of squares of the training scans on the axes, on which they are uncorrelated.
+    scans
+        Number of training scans.
     """
 
     mean: np.ndarray
     scale: np.ndarray
     axes: np.ndarray
-    scores: np.ndarray
     eigenvalues: np.ndarray
+    scans: int
 
     @property
     def penalties(self) -> np.ndarray:
@@ -49,12 +77,22 @@ class Rotation:
         return PENALTIES * max(1, int(np.isfinite(self.scale).sum()))
 
     def apply(self, features: np.ndarray) -> np.ndarray:
-        """Standardise and rotate other scans: (scan, feature) to (scan, axis)."""
+        """Standardise and rotate scans: (scan, feature) to (scan, axis)."""
         return ((features - self.mean) / self.scale) @ self.axes
+
+    def covariance(self, features: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return sums of products of the training scans on the axes and targets (scan, target): (axis, target)."""
+        products = features.T @ (targets - targets.mean(axis=0))
+        return self.axes.T @ (products / self.scale[:, None])
+
+    def unrotate(self, weights: np.ndarray, intercept: np.ndarray, penalties: np.ndarray) -> Fit:
+        """Return the model of raw features whose weights on the axes, (axis, output), are given."""
+        coefficients = (self.axes @ weights) / self.scale[:, None]
+        return Fit(coefficients, intercept - self.mean @ coefficients, penalties)
 
 
 def rotate(features: np.ndarray) -> Rotation:
-    """Standardise features and rotate them to their principal axes.
+    """Standardise features and find their principal axes.
 
     Parameters
     ----------
@@ -63,205 +101,145 @@ def rotate(features: np.ndarray) -> Rotation:
     """
     mean = features.mean(axis=0)
     varies = np.ptp(features, axis=0) > 0
-    scale = np.where(varies, features.std(axis=0), np.inf)
-    standard = (features - mean) / scale
+    standard = features - mean
+    spread = np.sqrt(np.einsum("ij,ij->j", standard, standard) / len(features))
+    scale = np.where(varies, spread, np.inf)
+    standard /= scale
+    if not varies.any():
+        return Rotation(mean, scale, np.zeros((features.shape[1], 0)), np.zeros(0), len(features))
     wide = standard.shape[1] > standard.shape[0]
     gram = standard @ standard.T if wide else standard.T @ standard  # the smaller one has the same eigenvalues
-    if not varies.any():
-        none = np.zeros((len(features), 0))
-        return Rotation(mean, scale, np.zeros((features.shape[1], 0)), none, np.zeros(0))
     eigenvalues, vectors = linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     kept = eigenvalues > _RANK_TOLERANCE * eigenvalues[-1]
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
-    if wide:
-        roots = np.sqrt(eigenvalues)
-        return Rotation(mean, scale, standard.T @ (vectors / roots), vectors * roots, eigenvalues)
-    return Rotation(mean, scale, vectors, standard @ vectors, eigenvalues)
+    axes = standard.T @ (vectors / np.sqrt(eigenvalues)) if wide else vectors
+    return Rotation(mean, scale, axes, eigenvalues, len(features))
 
 
-def leave_person_out_errors(
-    rotation: Rotation, target: np.ndarray, people: np.ndarray, penalties: np.ndarray
+def leave_group_out_errors(
+    rotation: Rotation,
+    features: np.ndarray,
+    targets: np.ndarray,
+    groups: np.ndarray,
+    penalties: np.ndarray,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Mean squared error of ridge regression for each person when fitted to all others, for every penalty.
+    """Mean squared error of ridge regression for each group when fitted to all others, for every penalty and target.
 
-    In closed form: with the hat matrix H of the fit to everyone, the errors of the scans g of a person left out are
+    In closed form: with the hat matrix H of the fit to everyone, the errors of the scans g of a group left out are
     (I - H_gg)^-1 times their residuals (Allen 1974 for single rows; blocks in Hastie, Tibshirani & Friedman 2009,
-    section 7.10). Leaving out scans one by one instead would let a person's other scans choose the penalty.
-    Means and scales stay those of all training scans.
+    section 7.10). A group of more scans than there are axes is taken out of the normal equations instead. Leaving out
+    scans one by one would let a person's other scans choose the penalty. Means and scales stay those of all training
+    scans.
 
     Parameters
     ----------
-    target
-        float64, (training scan,).
-    people
-        int, (training scan,).
+    rotation
+        Of the features.
+    features
+        float64, (training scan, feature).
+    targets
+        float64, (training scan, target).
+    groups
+        int, (training scan,); two or more different ones.
     penalties
         (penalty,), all > 0.
+    rows
+        Of the groups that are left out, whole ones; None for all.
 
     Returns
     -------
     numpy.ndarray
-        float64, (penalty,).
+        float64, (penalty, target).
     """
-    scores, n = rotation.scores, len(target)
+    n = len(features)
+    rows = np.arange(n) if rows is None else rows
+    scores = rotation.apply(features[rows])
+    centred = targets[rows] - targets.mean(axis=0)
+    covariance = rotation.covariance(features, targets)
+    axes, count = covariance.shape
     shrink = 1 / (rotation.eigenvalues[:, None] + penalties)  # (axis, penalty)
-    fitted = target.mean() + scores @ (shrink * (scores.T @ target)[:, None])
-    residuals = target[:, None] - fitted  # (scan, penalty)
-    _, number, counts = np.unique(people, return_inverse=True, return_counts=True)
-    errors = np.empty_like(residuals)
-    single = counts[number] == 1
-    errors[single] = residuals[single] / (1 - 1 / n - scores[single] ** 2 @ shrink)
-    for person in np.flatnonzero(counts > 1):
-        rows = np.flatnonzero(number == person)
-        block = (scores[rows] * shrink.T[:, None, :]) @ scores[rows].T + 1 / n  # (penalty, row, row)
-        solved = np.linalg.solve(np.eye(len(rows)) - block, residuals[rows].T[:, :, None])
-        errors[rows] = solved[:, :, 0].T
-    return np.mean(errors**2, axis=0)
+    weights = (shrink[:, :, None] * covariance[:, None, :]).reshape(axes, len(penalties) * count)
+    _, number, counts = np.unique(groups[rows], return_inverse=True, return_counts=True)
+    size = counts[number]
+    total = np.zeros((len(penalties), count))
+
+    single = np.flatnonzero(size == 1)
+    for start in range(0, len(single), _CHUNK_ROWS):
+        chosen = single[start : start + _CHUNK_ROWS]
+        part = scores[chosen]
+        residuals = _residuals(part, weights, centred[chosen])
+        residuals /= (1 - 1 / n - part**2 @ shrink)[:, :, None]
+        total += np.einsum("ipt,ipt->pt", residuals, residuals)
+    order = np.argsort(number, kind="stable")
+    for scans in np.unique(counts[counts > 1]):
+        members = order[size[order] == scans].reshape(-1, scans)  # (group, scan)
+        if scans > axes:
+            for chosen in members:
+                left_out = _refit_without(rotation, scores[chosen], centred[chosen], covariance, penalties)
+                total += np.sum(left_out**2, axis=1)
+            continue
+        step = max(1, _CHUNK_ROWS // int(scans))
+        for start in range(0, len(members), step):
+            chosen = members[start : start + step]
+            part = scores[chosen]  # (group, scan, axis)
+            residuals = _residuals(part.reshape(-1, axes), weights, centred[chosen.ravel()])
+            residuals = residuals.reshape(*chosen.shape, len(penalties), count)
+            for p in range(len(penalties)):
+                block = np.eye(scans) - 1 / n - (part * shrink[:, p]) @ part.transpose(0, 2, 1)
+                left_out = np.linalg.solve(block, residuals[:, :, p])
+                total[p] += np.einsum("gst,gst->t", left_out, left_out)
+    return total / len(rows)
 
 
-def ridge(
-    train: np.ndarray, target: np.ndarray, people: np.ndarray, test: np.ndarray, *, penalty: float | None = None
-) -> tuple[np.ndarray, float]:
-    """Fit ridge regression and predict.
+def _residuals(scores: np.ndarray, weights: np.ndarray, centred: np.ndarray) -> np.ndarray:
+    """Return (scan, penalty, target) residuals of targets from which the mean was taken."""
+    return centred[:, None, :] - (scores @ weights).reshape(len(scores), -1, centred.shape[1])
+
+
+def _refit_without(
+    rotation: Rotation, scores: np.ndarray, centred: np.ndarray, covariance: np.ndarray, penalties: np.ndarray
+) -> np.ndarray:
+    """Return errors (penalty, scan, target) of one group's scans, by normal equations from which it is taken out."""
+    out = np.column_stack([scores, np.ones(len(scores))])
+    moments = np.vstack([covariance, np.zeros(centred.shape[1])]) - out.T @ centred
+    gram = np.diag(np.append(rotation.eigenvalues, rotation.scans)) - out.T @ out
+    ridges = np.ones(len(gram))
+    ridges[-1] = 0  # the intercept
+    return centred - out @ np.linalg.solve(gram + penalties[:, None, None] * np.diag(ridges), moments)
+
+
+def ridge(train: np.ndarray, targets: np.ndarray, groups: np.ndarray, *, penalty: float | None = None) -> Fit:
+    """Fit ridge regressions of any number of targets with one factorisation.
 
     Parameters
     ----------
-    train, test
-        float64, (scan, feature).
-    target
-        float64, (training scan,).
-    people
+    train
+        float64, (training scan, feature).
+    targets
+        float64, (training scan, target).
+    groups
         int, (training scan,).
     penalty
-        None chooses among `Rotation.penalties` by `leave_person_out_errors`.
-
-    Returns
-    -------
-    predicted : numpy.ndarray
-        float64, (test scan,).
-    penalty : float
-        On the sum of squares.
+        None chooses for each target among `Rotation.penalties` by `leave_group_out_errors`, of `PENALTY_SCANS` scans at
+        most.
     """
     rotation = rotate(train)
     if penalty is None:
-        errors = leave_person_out_errors(rotation, target, people, rotation.penalties)
-        penalty = float(rotation.penalties[np.argmin(errors)])
-    weights = rotation.scores.T @ target / (rotation.eigenvalues + penalty)
-    return target.mean() + rotation.apply(test) @ weights, penalty
+        rows = _penalty_rows(groups)
+        errors = leave_group_out_errors(rotation, train, targets, groups, rotation.penalties, rows)
+        penalties = rotation.penalties[np.argmin(errors, axis=0)]
+    else:
+        penalties = np.full(targets.shape[1], float(penalty))
+    weights = rotation.covariance(train, targets) / (rotation.eigenvalues[:, None] + penalties)
+    return rotation.unrotate(weights, targets.mean(axis=0), penalties)
 
 
-def logistic(
-    train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, test: np.ndarray, *, penalty: float | None = None
-) -> tuple[np.ndarray, float]:
-    """Fit multinomial logistic regression and predict.
-
-    Parameters
-    ----------
-    train, test
-        float64, (scan, feature).
-    codes
-        int, (training scan,) 0 ... classes-1; every class occurs.
-    inner_folds
-        int, (training scan,) folds for choosing the penalty, each of which leaves every class to the others.
-    penalty
-        None chooses among `Rotation.penalties` by the log-loss over the inner folds. Log-loss rather than AUC: AUC
-        does not change when all weights shrink together, so on weak effects it picks penalties at random and leaves
-        probabilities overconfident; log-loss is a proper score, and every scan counts in it. From the strongest
-        penalty down, the search ends when the loss has risen twice.
-
-    Returns
-    -------
-    probabilities : numpy.ndarray
-        float64, (test scan, class).
-    penalty : float
-        On half the squared weights, against the summed log-loss: 1 / C of scikit-learn's multinomial model. Two
-        classes have two weight vectors here, so their penalty is twice that of a model with one.
-    """
-    rotation = rotate(train)
-    design = _with_constant(rotation.scores)
-    if penalty is None:
-        penalty = _penalty_by_log_loss(design, codes, inner_folds, rotation.penalties)
-    weights = fit_softmax(design, codes, penalty, tolerance=1e-6)
-    return np.exp(_log_softmax(_with_constant(rotation.apply(test)) @ weights)), penalty
-
-
-def fit_softmax(
-    design: np.ndarray, codes: np.ndarray, penalty: float, start: np.ndarray | None = None, *, tolerance: float = 1e-3
-) -> np.ndarray:
-    """Minimise the summed log-loss plus penalty / 2 times the squared weights, the intercepts (last column) left free.
-
-    L-BFGS (Byrd, Lu, Nocedal & Zhu 1995) in coordinates scaled by the curvature that each weight has at the classes'
-    frequencies, where a step of 1 is about one standard error of the weight.
-
-    Parameters
-    ----------
-    design
-        float64, (scan, column), the last column constant.
-    codes
-        int, (scan,) 0 ... classes-1; every class occurs.
-    start
-        Weights to start from.
-    tolerance
-        Largest slope left, in the scaled coordinates. A thousandth of a standard error will do to compare penalties.
-
-    Returns
-    -------
-    numpy.ndarray
-        float64, (column, class).
-    """
-    frequencies = np.bincount(codes) / len(codes)
-    indicator = np.eye(len(frequencies))[codes]
-    ridges = np.full((design.shape[1], 1), penalty)
-    ridges[-1] = 0
-    curvature = np.sum(design**2, axis=0)[:, None] * (frequencies * (1 - frequencies)) + ridges
-    scale = 1 / np.sqrt(curvature)
-    if start is None:
-        start = np.zeros_like(scale)
-        start[-1] = np.log(frequencies)
-
-    def loss(scaled: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = scaled.reshape(scale.shape) * scale
-        logs = _log_softmax(design @ weights)
-        value = 0.5 * np.sum(ridges * weights**2) - np.sum(logs * indicator)
-        slope = design.T @ (np.exp(logs) - indicator) + ridges * weights
-        return float(value), (slope * scale).ravel()
-
-    found = optimize.minimize(
-        loss,
-        (start / scale).ravel(),
-        jac=True,
-        method="L-BFGS-B",
-        options={"gtol": tolerance, "ftol": 1e-15, "maxiter": 1000},  # the slope alone decides
-    )
-    return found.x.reshape(scale.shape) * scale
-
-
-def _penalty_by_log_loss(
-    design: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, penalties: np.ndarray
-) -> float:
-    """Return the penalty with the least log-loss over the inner folds; `penalties` fall from strong to weak."""
-    folds = [inner_folds == fold for fold in np.unique(inner_folds)]
-    parts = [(design[~test], codes[~test], design[test], codes[test]) for test in folds]
-    weights: list[np.ndarray | None] = [None] * len(parts)
-    best, best_loss, risen = penalties[0], np.inf, 0
-    for penalty in penalties:
-        loss = 0.0
-        for i, (train, train_codes, test, test_codes) in enumerate(parts):
-            weights[i] = fitted = fit_softmax(train, train_codes, float(penalty), weights[i])
-            loss -= float(_log_softmax(test @ fitted)[np.arange(len(test_codes)), test_codes].sum())
-        if loss < best_loss:
-            best, best_loss = penalty, loss
-        risen = risen + 1 if loss > best_loss + _FLAT else 0
-        if risen == 2:
-            break
-    return float(best)
-
-
-def _with_constant(scores: np.ndarray) -> np.ndarray:
-    return np.column_stack([scores, np.ones(len(scores))])
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of class probabilities, (scan, class); scipy's takes five times as long on few scans."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def _penalty_rows(groups: np.ndarray) -> np.ndarray | None:
+    """Return rows of groups chosen at random, with about `PENALTY_SCANS` scans; None for all."""
+    if len(groups) <= PENALTY_SCANS:
+        return None
+    names, number = np.unique(groups, return_inverse=True)
+    many = max(len(names) * PENALTY_SCANS // len(groups), min(len(names), _FEWEST_GROUPS))
+    chosen = np.random.default_rng(len(groups)).permutation(len(names)) < many
+    return np.flatnonzero(chosen[number])

@@ -24,9 +24,15 @@ _BINS = 60
 
 BLUE, PALE, GREY, ORANGE = "#1f4e79", "#9dbbd8", "#6b7280", "#b45309"
 
+#: Of things side by side; told apart by people who see no red or green, too.
+COLOURS = (BLUE, ORANGE, "#0d9488", "#a21caf", "#65a30d", "#111827")
+
+_RATES = np.linspace(0, 1, 201)
+
 
 @contextmanager
-def _styled() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    """Draw in the style of the reports while this is entered."""
     style = mpl.rc_context(
         {
             "font.size": 9,
@@ -45,7 +51,8 @@ def _styled() -> Iterator[None]:
         yield
 
 
-def _svg(figure: Figure) -> bytes:
+def to_svg(figure: Figure) -> bytes:
+    """Return a figure as an SVG file; same figure, same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", dpi=200, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return buffer.getvalue()
@@ -73,7 +80,7 @@ def forest_plot(results: list[TargetResult], *, xlabel: str, span: tuple[float, 
         An SVG file.
     """
     headlines = [result.headline for result in results]
-    with _styled():
+    with styled():
         figure = Figure(figsize=(4.6, 0.75 + 0.34 * len(results)), layout="constrained")
         axes = figure.add_subplot()
         chance = headlines[0].chance
@@ -99,39 +106,53 @@ def forest_plot(results: list[TargetResult], *, xlabel: str, span: tuple[float, 
         axes.grid(axis="x", color="#e5e7eb", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlabel(xlabel)
-        return _svg(figure)
+        return to_svg(figure)
 
 
-def roc_plot(found: OutOfFold, positive: str) -> bytes:
-    """Draw the ROC curve of each fold and their mean (at equal false positive rates).
+def roc_plot(found: OutOfFold, labels: list[str]) -> bytes:
+    """Draw ROC curves (at equal false positive rates, mean over folds); of two classes each fold's, too.
 
-    Folds in which only one class was tested have no curve.
+    Of more than two classes each has its curve against the rest. Folds in which a class or the rest was not tested
+    have no curve.
 
     Returns
     -------
     bytes
         An SVG file.
     """
-    grid = np.linspace(0, 1, 201)
-    curves: list[np.ndarray] = []
-    with _styled():
+    two = len(labels) == 2
+    with styled():
         figure = Figure(figsize=(4.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="chance")
-        for fold in np.unique(found.fold):
-            of_fold = found.fold == fold
-            if len(np.unique(found.truth[of_fold])) < 2:
-                continue
-            false, true, _ = roc_curve(found.truth[of_fold] == 1, found.predicted[of_fold, 1])
-            axes.plot(false, true, color=PALE, linewidth=1, label=None if curves else "each fold")
-            curves.append(np.interp(grid, false, true))
-            curves[-1][0] = 0.0  # every curve starts in the corner
-        if curves:
-            axes.plot(grid, np.mean(curves, axis=0), color=BLUE, linewidth=2, label="mean of folds")
+        for code in [1] if two else range(len(labels)):
+            curves = _fold_curves(found, code)
+            if two:
+                for number, curve in enumerate(curves):
+                    axes.plot(_RATES, curve, color=PALE, linewidth=1, label=None if number else "each fold")
+            if curves:
+                name = "mean of folds" if two else shorten(labels[code], 18)
+                style = COLOURS[0 if two else code % len(COLOURS)]
+                line = "-" if code < len(COLOURS) else "--"
+                axes.plot(_RATES, np.mean(curves, axis=0), color=style, linewidth=2, linestyle=line, label=name)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel="false positive rate")
-        axes.set_ylabel(f"true positive rate ({shorten(positive)})")
-        axes.legend(loc="lower right")
-        return _svg(figure)
+        axes.set_ylabel("true positive rate" + (f" ({shorten(labels[1])})" if two else ", each class against the rest"))
+        axes.legend(loc="lower right", fontsize=9 if len(labels) <= 8 else 6)
+        return to_svg(figure)
+
+
+def _fold_curves(found: OutOfFold, code: int) -> list[np.ndarray]:
+    """Return the true positive rates of a class at `_RATES` in each fold."""
+    curves = []
+    for fold in np.unique(found.fold):
+        of_fold = found.fold == fold
+        positive = found.truth[of_fold] == code
+        if positive.all() or not positive.any():
+            continue
+        false, true, _ = roc_curve(positive, found.predicted[of_fold, code])
+        curves.append(np.interp(_RATES, false, true))
+        curves[-1][0] = 0.0  # every curve starts in the corner
+    return curves
 
 
 def confusion_plot(found: OutOfFold, labels: list[str]) -> bytes:
@@ -154,7 +175,7 @@ def confusion_plot(found: OutOfFold, labels: list[str]) -> bytes:
         chosen[test] = np.argmax(found.predicted[test] / frequencies, axis=1)
     counts = confusion_matrix(truth, chosen, labels=classes)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    with _styled():
+    with styled():
         figure = Figure(figsize=(4.8, 4.2), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -173,7 +194,7 @@ def confusion_plot(found: OutOfFold, labels: list[str]) -> bytes:
         axes.set(xlabel="predicted", ylabel="true")
         bar = figure.colorbar(image, ax=axes, shrink=0.8, label="share of true class")
         bar.outline.set_visible(False)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def scatter_plot(found: OutOfFold, quantity: str) -> bytes:
@@ -191,14 +212,14 @@ def scatter_plot(found: OutOfFold, quantity: str) -> bytes:
     """
     shown = np.isfinite(found.truth) & np.isfinite(found.predicted)
     true, predicted = found.truth[shown], found.predicted[shown]
-    with _styled():
+    with styled():
         figure = Figure(figsize=(4.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         if len(true):
             _points(figure, axes, true, predicted)
         title = textwrap.fill(shorten(quantity, 70), 40)
         axes.set(xlabel=f"true {title}", ylabel=f"predicted {title}", aspect="equal")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _points(figure: Figure, axes: Axes, true: np.ndarray, predicted: np.ndarray) -> None:

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from extract.bootstrap import draw_weights, percentile_interval
+from extract.confounds import ConfoundValues, fit_coding, read_confounds
+from extract.cross_validation import (
+    PENALTY_PEOPLE,
+    Fold,
+    Outcome,
+    Sample,
+    classification,
+    list_folds,
+    regression,
+    run_folds,
+)
 from extract.embeddings import Embeddings
-from extract.folds import class_strata, deal_folds, value_strata
-from extract.linear import logistic, ridge
+from extract.folds import class_strata, folds_with_all_classes, rank_summary, repeated_folds, value_strata
+from extract.groups import Groups, read_groups
+from extract.linear import PENALTY_SCANS
+from extract.permutation import permutation_test
+from extract.probe_settings import ProbeSettings
 from extract.results import Interval, OutOfFold, TargetResult
-from extract.scores import RANGES, auc, balanced_accuracy, corrected_interval, mean_absolute_error, pearson, r_squared
-from ingest.dictionary import BY_NAME, TASKS, VARIABLES
+from extract.scores import RANGES, corrected_interval
+from extract.targets import (
+    CLASSIFICATIONS,
+    MIN_CLASS_PER_FOLD,
+    Target,
+    known_task,
+    read_targets,
+    target_names,
+)
 
-#: Fewer people than this who have a value: too few to say anything.
-MIN_PARTICIPANTS = 20
-#: People of the smallest class in each test fold, at least; a target with fewer gets fewer folds, down to two.
-MIN_CLASS_PER_FOLD = 2
 #: People in each test fold of a regression, at least: a correlation of fewer is noise.
 MIN_PER_FOLD = 4
-
-_CLASSES = ("binary", "multiclass")
-_INNER_FOLDS = 5
-_MAX_INFERRED_CODES = 10
+#: Scans to train on for each column of confounds, at least: with fewer the features are fitted away.
+MIN_PER_CONFOUND = 3
 
 
 def probe(
@@ -32,18 +47,19 @@ def probe(
     targets: Sequence[str] | None = None,
     *,
     tasks: Mapping[str, str] | None = None,
-    folds: int = 5,
-    repeats: int = 5,
-    seed: int = 0,
+    settings: ProbeSettings | None = None,
     on_target: Callable[[TargetResult], None] | None = None,
 ) -> list[TargetResult]:
     """Fit linear probes to embeddings and score them on people whom they have not seen.
 
-    Each repeat deals the people with a value into folds (`extract.folds`). On each training side features are
-    standardised and a ridge (``continuous``, ``ordinal`` on its codes, ``count`` on log(1 + count)) or logistic
-    regression (``binary``, ``multiclass``) is fitted, its penalty chosen on that side alone without splitting people
-    (`extract.linear`). A score is the mean over folds and repeats, never of pooled predictions, which are biased
-    under the null; its interval is a t interval corrected for their dependence (`extract.scores.corrected_interval`).
+    Each repeat deals the people with a value into folds (`extract.folds`): of a classification by its classes, of all
+    regressions by the first principal component of the ranks of all phenotypes that are regressions, so that targets
+    with the same missing values share their folds and one factorisation of the features per fold. On each training side
+    features are standardised and a ridge (``continuous``, ``ordinal`` on its codes, ``count`` on log(1 + count)) or
+    logistic regression (``binary``, ``multiclass``) is fitted, its penalty chosen on that side alone without splitting
+    people (`extract.linear`, `extract.logistic`). A score is the mean over folds and repeats, never of pooled
+    predictions, which are biased under the null; its interval is a t interval corrected for their dependence
+    (`extract.scores.corrected_interval`).
 
     ============================ ===================================================================== =================
     metric                       meaning                                                               chance
@@ -55,6 +71,12 @@ def probe(
     ``mae``                      in the variable's own units, of a count too                           training median's
     ============================ ===================================================================== =================
 
+    Confounds are removed from the features, by least squares fitted to each training side alone (`extract.confounds`).
+    The target stays as it is: scores are then of what the rest of the features tells of the phenotype itself, in its
+    own units, and can be set beside those of the same model fitted to the confounds alone, on the same folds. What the
+    confounds explain of the target is out of reach of that rest, so a correlation is held below sqrt(1 - R2 of the
+    confounds). A target is never a confound of itself.
+
     Parameters
     ----------
     embeddings
@@ -62,13 +84,12 @@ def probe(
     targets
         Names of phenotypes, or their aliases (``gender``); None takes all that are not confounds.
     tasks
-        Name -> one of `ingest.dictionary.TASKS`, where `infer_task` would choose another.
-    folds, repeats
-        Of the outer cross-validation. Targets with few people get fewer folds; ``method`` says how many.
-    seed
-        Of the folds, 0 or more. Same seed, same scores, whatever other targets are asked for.
+        Name -> one of `ingest.dictionary.TASKS`, where `extract.targets.infer_task` would choose another.
+    settings
+        Folds, repeats, seed, confounds, groups ...; the defaults of `ProbeSettings` if None. Targets with few people
+        get fewer folds; ``method`` says how many. Same seed, same scores, whatever other targets are asked for.
     on_target
-        Called with each result as it is ready.
+        Called with each result as it is ready, not in the order of the targets.
 
     Returns
     -------
@@ -78,108 +99,27 @@ def probe(
     Raises
     ------
     ValueError
-        If a target or task is unknown, a feature is not finite, or an argument is out of range.
+        If a target, task, confound or group is unknown, a feature is not finite, or an argument is out of range.
     """
-    if folds < 2 or repeats < 1 or seed < 0:
-        raise ValueError(
-            f"folds={folds}, repeats={repeats}, seed={seed}: expected 2 or more folds, 1 or more repeats and a seed "
-            "of 0 or more"
-        )
+    settings = settings or ProbeSettings()
     names = target_names(embeddings, targets)
-    kinds = _tasks_by_column(embeddings, names, tasks or {})
-    _check(embeddings)
+    check_embeddings(embeddings)
+    groups = read_groups(embeddings, settings.groups, settings.kinship)
+    found = read_targets(embeddings, names, tasks or {}, settings.bins, groups.people)
+    confounds = read_confounds(embeddings, settings.confounds)
     features = embeddings.features.astype(np.float64)
-    results = []
-    # These matrices are too small for BLAS threads, which cost more than they give, and one thread adds up in one order
-    with threadpool_limits(1, user_api="blas"):
-        for name in names:
-            result = _probe_target(embeddings, features, name, kinds[name], folds, repeats, seed)
-            results.append(result)
+    summary = rank_summary(_regression_values(embeddings))
+    results: dict[str, TargetResult] = {}
+    for batch in _batches(found, confounds):
+        for result in _probe_batch(batch, features, groups, confounds.without(batch[0].name), summary, settings):
+            results[result.name] = result
             if on_target:
                 on_target(result)
-    return results
+    return [results[name] for name in names]
 
 
-def target_names(embeddings: Embeddings, targets: Sequence[str] | None = None) -> list[str]:
-    """Return the columns of the targets: those named, or all that are no confounds, the study's variables first.
-
-    Raises
-    ------
-    ValueError
-        If one is not there, is named twice, or there is none at all.
-    """
-    columns = [str(name) for name in embeddings.phenotypes.columns]
-    if targets is None:
-        order = {variable.name: place for place, variable in enumerate(VARIABLES)}
-        known = {column: BY_NAME[column.lower()].name for column in columns if column.lower() in BY_NAME}
-        columns.sort(key=lambda column: order.get(known.get(column, ""), len(order)))
-        names = [c for c in columns if not embeddings.variables.get(c, {}).get("confound")]
-        if not names:
-            raise ValueError(
-                "the embeddings have no phenotype to probe; ingest the scans with --phenotypes FILE and extract again"
-                + (f", or name a confound: {', '.join(columns)}" if columns else "")
-            )
-        return names
-    names = [_column(embeddings, target) for target in targets]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"targets {list(targets)!r}: expected one or more, each once")
-    return names
-
-
-def infer_task(values: np.ndarray, labels: object = None) -> str:
-    """Guess the task of a variable of which nothing is said.
-
-    Two different values are ``binary``. Up to ten different whole numbers are ``multiclass`` if the variable has
-    labels, else ``count`` if none is negative. All else is ``continuous``.
-
-    Parameters
-    ----------
-    values
-        float64, without NaN.
-    labels
-        Of the codes; None or empty if there are none.
-    """
-    distinct = np.unique(values)
-    if len(distinct) == 2:
-        return "binary"
-    if 2 < len(distinct) <= _MAX_INFERRED_CODES and np.all(distinct == np.round(distinct)):
-        if labels:
-            return "multiclass"
-        if distinct[0] >= 0:
-            return "count"
-    return "continuous"
-
-
-def _column(embeddings: Embeddings, name: str) -> str:
-    """Return the column that `name` or a variable's other name stands for."""
-    columns = [str(column) for column in embeddings.phenotypes.columns]
-    if name in columns:
-        return name
-    variable = BY_NAME.get(name.lower())
-    same = [c for c in columns if variable is not None and BY_NAME.get(c.lower()) is variable]
-    if len(same) != 1:
-        raise ValueError(f"no phenotype {name!r} in the embeddings; there are: {', '.join(columns) or 'none'}")
-    return same[0]
-
-
-def _tasks_by_column(embeddings: Embeddings, names: list[str], tasks: Mapping[str, str]) -> dict[str, str]:
-    """Return the task of each target: as asked, else that of the variable, else inferred."""
-    asked = {_column(embeddings, name): task for name, task in tasks.items()}
-    for column in asked:
-        if column not in names:
-            raise ValueError(f"a task is given for {column!r}, which is not among the targets: {', '.join(names)}")
-    found = {}
-    for name in names:
-        attrs = embeddings.variables.get(name, {})
-        values = embeddings.phenotypes[name].to_numpy(np.float64)
-        task = asked.get(name) or attrs.get("task") or infer_task(values[~np.isnan(values)], attrs.get("labels"))
-        if task not in TASKS:
-            raise ValueError(f"task {task!r} of {name!r} is unknown; expected one of {', '.join(TASKS)}")
-        found[name] = task
-    return found
-
-
-def _check(embeddings: Embeddings) -> None:
+def check_embeddings(embeddings: Embeddings) -> None:
+    """Raise ValueError if tables and features do not fit each other, or a feature is not finite."""
     rows = {len(embeddings.features), len(embeddings.scans), len(embeddings.phenotypes)}
     if len(rows) != 1 or "participant" not in embeddings.scans:
         raise ValueError(
@@ -194,153 +134,219 @@ def _check(embeddings: Embeddings) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What one target's models see: the scans that have a value."""
+def _regression_values(embeddings: Embeddings) -> np.ndarray:
+    """Return (scan, variable) all phenotypes that are regressions and no confounds, asked for or not."""
+    table = embeddings.phenotypes
+    columns = [
+        str(name)
+        for name in table.columns
+        if not embeddings.variables.get(str(name), {}).get("confound")
+        and known_task(embeddings, str(name)) not in CLASSIFICATIONS
+    ]
+    return table[columns].to_numpy(np.float64)
 
-    features: np.ndarray
-    people: np.ndarray  # int, (scan,) 0 ... people-1
-    truth: np.ndarray  # (scan,) class codes, or values
-    strata: np.ndarray  # (person,)
-    classes: int  # 0 for a regression
+
+def _batches(targets: list[Target], confounds: ConfoundValues) -> Iterator[list[Target]]:
+    """Put regressions of the same scans and confounds together; all else is alone."""
+    shared: dict[tuple[bytes, tuple[str, ...]], list[Target]] = {}
+    for target in targets:
+        if target.reason or target.labels:
+            yield [target]
+        else:
+            key = target.present.tobytes(), confounds.without(target.name).names
+            shared.setdefault(key, []).append(target)
+    yield from shared.values()
 
 
-def _probe_target(
-    embeddings: Embeddings, features: np.ndarray, name: str, task: str, folds: int, repeats: int, seed: int
-) -> TargetResult:
-    attrs = embeddings.variables.get(name, {})
-    column = embeddings.phenotypes[name].to_numpy(np.float64)
-    present = ~np.isnan(column)
-    values = column[present]
-    people = np.unique(embeddings.scans["participant"].to_numpy()[present].astype(str), return_inverse=True)[1]
-    participants = int(people.max(initial=-1)) + 1
-    skipped = TargetResult(name, task, "skipped", len(values), participants, units=attrs.get("units"))
-
-    reason = _unfit(values, task, participants)
+def _probe_batch(
+    batch: list[Target],
+    features: np.ndarray,
+    all_groups: Groups,
+    confounds: ConfoundValues,
+    summary: np.ndarray,
+    settings: ProbeSettings,
+) -> list[TargetResult]:
+    """Probe one classification, or regressions of the same scans."""
+    present = batch[0].present
+    groups = all_groups.rows(present)
+    blank = [
+        TargetResult(
+            target.name,
+            target.task,
+            "skipped",
+            int(present.sum()),
+            int(groups.people.max(initial=-1)) + 1,
+            reason=target.reason,
+            labels=target.labels,
+            units=target.units,
+        )
+        for target in batch
+    ]
+    if batch[0].reason:
+        return blank
+    truths = np.column_stack([target.values[present] for target in batch])
+    codes = truths[:, 0].astype(np.int64) if batch[0].labels else None
+    fold_of = _deal(groups, codes, summary[present], settings)
+    if isinstance(fold_of, str):
+        return [replace(result, reason=fold_of) for result in blank]
+    strata = class_strata(codes, groups.people) if codes is not None else value_strata(summary[present], groups.people)
+    measured = confounds.rows(present) if confounds.names else None
+    sample = Sample(features[present], groups, measured, fold_of, strata)
+    folds = list_folds(sample, settings.train_people, settings.seed)
+    reason = _too_few(sample, folds, codes, settings.train_people)
     if reason:
-        return replace(skipped, reason=reason)
-    labels: list[str] = []
-    if task in _CLASSES:
-        codes, truth = np.unique(values, return_inverse=True)
-        known = attrs.get("labels") or {}
-        labels = [str(known.get(f"{code:g}", f"{code:g}")) for code in codes]
-        strata = class_strata(truth, people)
-        smallest = np.bincount(strata, minlength=len(codes))
-        folds = min(folds, int(smallest.min()) // MIN_CLASS_PER_FOLD)
-        if folds < 2:
-            return replace(
-                skipped,
-                reason=f"class {labels[int(smallest.argmin())]!r} has {smallest.min()} participants, at least "
-                f"{2 * MIN_CLASS_PER_FOLD} are needed",
+        return [replace(result, reason=reason) for result in blank]
+    draws = settings.bootstrap
+    weights = draw_weights(int(groups.units.max()) + 1, draws, settings.seed) if draws else None
+    if codes is not None:
+        model = classification(codes, len(batch[0].labels), groups, settings.seed, weights)
+    else:
+        model = regression(truths, [target.task == "count" for target in batch], groups, weights)
+    outcomes, confound_outcomes = run_folds(sample, folds, model)
+    results = []
+    for i, (target, result) in enumerate(zip(batch, blank, strict=True)):
+        own = [fold_outcomes[i] for fold_outcomes in outcomes]
+        beside = [fold_outcomes[i] for fold_outcomes in confound_outcomes]
+        result = _summarise(result, sample, folds, own, beside, np.flatnonzero(present), truths[:, i])
+        result = replace(result, method=_method(target, sample, own, settings), confounds=list(confounds.names))
+        if settings.permutations:
+            p_value, null = permutation_test(
+                sample.features,
+                truths[:, i],
+                target.task,
+                groups,
+                measured,
+                permutations=settings.permutations,
+                folds=settings.folds,
+                seed=settings.seed,
             )
-    else:
-        truth, strata = values, value_strata(values, people)
-        folds = min(folds, participants // MIN_PER_FOLD)
-    data = _Data(features[present], people, truth, strata, len(labels))
-    metrics, out_of_fold, penalty = _cross_validate(data, task == "count", folds, repeats, seed)
-    if labels:
-        model = f"logistic regression, L2 penalty {penalty:.2g} (median) by log-loss in inner folds of participants"
-    else:
-        outcome = "log(1 + count)" if task == "count" else "the value"
-        model = f"ridge regression of {outcome}, penalty {penalty:.2g} (median) by leaving one participant out"
-    return replace(
-        skipped,
-        status="ok",
-        metric="auc" if labels else "r",
-        metrics=metrics,
-        labels=labels,
-        method=f"{model}; {folds} folds of participants x {repeats} repeats",
-        out_of_fold=out_of_fold,
-    )
+            result = replace(result, p_value=p_value, null=null, permutations=settings.permutations)
+        results.append(result)
+    return results
 
 
-def _unfit(values: np.ndarray, task: str, participants: int) -> str:
-    """Return why values cannot be probed, or nothing."""
-    if not len(values):
-        return "every value is missing"
-    if not np.isfinite(values).all():
-        return f"{int((~np.isfinite(values)).sum())} values are infinite"
-    distinct = len(np.unique(values))
-    if distinct == 1:
-        return f"constant: every value is {values[0]:g}"
-    if task == "binary" and distinct > 2:
-        return f"{distinct} different values are not binary; name another task"
-    if task == "count" and values.min() < 0:
-        return f"the smallest value, {values.min():g}, is no count; name another task"
-    if participants < MIN_PARTICIPANTS:
-        return f"{participants} participants have a value, at least {MIN_PARTICIPANTS} are needed"
+def _deal(groups: Groups, codes: np.ndarray | None, summary: np.ndarray, settings: ProbeSettings) -> np.ndarray | str:
+    """Return folds (repeat, scan), or why there are none.
+
+    Where each group is a fold of its own, every repeat would be the same, and there is one.
+    """
+    number = int(groups.together.max()) + 1
+    repeats = 1 if number <= settings.folds else settings.repeats
+    seed = [settings.seed]
+    if codes is not None:
+        dealt = folds_with_all_classes(
+            groups.together, groups.people, codes, settings.folds, repeats, seed, MIN_CLASS_PER_FOLD
+        )
+        if dealt is None:
+            return f"no two folds of {number} groups hold {MIN_CLASS_PER_FOLD} people of every class"
+        return dealt
+    folds = min(settings.folds, number, (int(groups.people.max()) + 1) // MIN_PER_FOLD)
+    if folds < 2:
+        return "everybody who has a value is in one group, which leaves nobody to test on"
+    return repeated_folds(groups.together, value_strata(summary, groups.together), folds, repeats, seed)
+
+
+def _too_few(sample: Sample, folds: list[Fold], codes: np.ndarray | None, train_people: int | None) -> str:
+    """Return why the training sides are too small, or nothing."""
+    people = min(len(np.unique(sample.groups.people[fold.train])) for fold in folds)
+    if train_people is not None and people < train_people:
+        return f"the smallest training side has {people} people, fewer than the {train_people} to train on"
+    scans = min(len(fold.train) for fold in folds)
+    if sample.confounds is not None:
+        columns = fit_coding(sample.confounds).encode(sample.confounds.values).shape[1]
+        if scans < MIN_PER_CONFOUND * columns:
+            return f"{columns} columns of confounds are too many for {scans} scans to train on; name fewer"
+    if codes is not None and train_people is not None:
+        pairs = [np.unique(np.stack([sample.groups.people[f.train], codes[f.train]]), axis=1)[1] for f in folds]
+        if min(np.bincount(found, minlength=int(codes.max()) + 1).min() for found in pairs) < 2:
+            return f"{train_people} people to train on hold fewer than two of some class"
     return ""
 
 
-def _cross_validate(
-    data: _Data, count: bool, folds: int, repeats: int, seed: int
-) -> tuple[dict[str, Interval], OutOfFold, float]:
-    """Return the intervals of all metrics, the predictions of the first repeat, and the median penalty."""
-    n = len(data.truth)
-    scores: list[dict[str, float]] = []
-    chances: list[dict[str, float]] = []
-    penalties, ratios = [], []
-    first = np.zeros((n, data.classes) if data.classes else n)
-    first_folds = np.zeros(n, dtype=np.int64)
-    for repeat in range(repeats):
-        fold_of = deal_folds(data.people, data.strata, folds, np.random.default_rng([seed, repeat]))
-        for fold in range(folds):
-            test = fold_of == fold
-            if data.classes:
-                predicted, penalty, score, chance = _classify(data, test, [seed, repeat, fold])
-            else:
-                predicted, penalty, score, chance = _regress(data, test, count)
-            scores.append(score)
-            chances.append(chance)
-            penalties.append(penalty)
-            ratios.append(test.sum() / (~test).sum())
-            if repeat == 0:
-                first[test] = predicted
-                first_folds[test] = fold
-    metrics = {
-        name: corrected_interval(
-            [score[name] for score in scores],
-            float(np.mean(ratios)),
-            chance=float(np.mean([chance[name] for chance in chances])),
-            bounds=RANGES[name],
-            people=int(np.bincount(data.strata).min()) if data.classes else None,
-        )
-        for name in scores[0]
-    }
-    return metrics, OutOfFold(data.truth, first, first_folds), float(np.median(penalties))
-
-
-def _classify(
-    data: _Data, test: np.ndarray, seed: list[int]
-) -> tuple[np.ndarray, float, dict[str, float], dict[str, float]]:
-    """Return probabilities of the test scans, the penalty, the fold's scores and their chance."""
-    train_codes, test_codes = data.truth[~test], data.truth[test]
-    who, people = np.unique(data.people[~test], return_inverse=True)
-    strata = data.strata[who]
-    inner_folds = deal_folds(
-        people, strata, min(_INNER_FOLDS, int(np.bincount(strata).min())), np.random.default_rng(seed)
+def _summarise(
+    result: TargetResult,
+    sample: Sample,
+    folds: list[Fold],
+    outcomes: list[Outcome],
+    beside: list[Outcome],
+    rows: np.ndarray,
+    truth: np.ndarray,
+) -> TargetResult:
+    """Combine the folds of one target."""
+    ratio = float(np.mean([len(fold.test) / fold.full for fold in folds]))
+    smallest = int(np.bincount(sample.strata, minlength=len(result.labels)).min()) if result.labels else None
+    metrics = {name: _interval(outcomes, name, ratio, smallest) for name in outcomes[0].scores}
+    confound_metrics = {name: _interval(beside, name, ratio, smallest) for name in metrics} if beside else {}
+    gains = {name: _gain(outcomes, beside, name, ratio) for name in metrics} if beside else {}
+    predicted = np.zeros((len(rows), *outcomes[0].predicted.shape[1:]))
+    fold_of = np.zeros(len(rows), dtype=np.int64)
+    for fold, outcome in zip(folds, outcomes, strict=True):
+        if fold.repeat == 0:
+            predicted[fold.test] = outcome.predicted
+            fold_of[fold.test] = fold.number
+    return replace(
+        result,
+        status="ok",
+        metric="auc" if result.labels else "r",
+        metrics=metrics,
+        out_of_fold=OutOfFold(truth.astype(np.int64) if result.labels else truth, predicted, fold_of, rows),
+        confound_metrics=confound_metrics,
+        gains=gains,
+        fold_scores={name: np.array([outcome.scores[name] for outcome in outcomes]) for name in metrics},
+        test_to_train=ratio,
+        train_participants=int(np.median([len(np.unique(sample.groups.people[fold.train])) for fold in folds])),
     )
-    probabilities, penalty = logistic(data.features[~test], train_codes, inner_folds, data.features[test])
-    frequencies = np.bincount(train_codes, minlength=data.classes) / len(train_codes)
-    score = {
-        "auc": auc(test_codes, probabilities),
-        "balanced_accuracy": balanced_accuracy(test_codes, probabilities, frequencies),
-    }
-    return probabilities, penalty, score, {"auc": 0.5, "balanced_accuracy": 1 / data.classes}
 
 
-def _regress(
-    data: _Data, test: np.ndarray, count: bool
-) -> tuple[np.ndarray, float, dict[str, float], dict[str, float]]:
-    """Return predictions of the test scans, the penalty, the fold's scores and their chance."""
-    train_values, test_values = data.truth[~test], data.truth[test]
-    train, truth = (np.log1p(train_values), np.log1p(test_values)) if count else (train_values, test_values)
-    fitted, penalty = ridge(data.features[~test], train, data.people[~test], data.features[test])
-    predicted = np.maximum(np.expm1(fitted), 0) if count else fitted
-    score = {
-        "r": pearson(truth, fitted),
-        "r2": r_squared(truth, fitted, float(train.mean())),
-        "mae": mean_absolute_error(test_values, predicted),
-    }
-    chance = {"r": 0.0, "r2": 0.0, "mae": mean_absolute_error(test_values, float(np.median(train_values)))}
-    return predicted, penalty, score, chance
+def _interval(outcomes: list[Outcome], name: str, ratio: float, people: int | None) -> Interval:
+    interval = corrected_interval(
+        [outcome.scores[name] for outcome in outcomes],
+        ratio,
+        chance=float(np.mean([outcome.chances[name] for outcome in outcomes])),
+        bounds=RANGES[name],
+        people=people,
+    )
+    return _with_bootstrap(interval, [outcome.draws.get(name) for outcome in outcomes])
+
+
+def _gain(outcomes: list[Outcome], beside: list[Outcome], name: str, ratio: float) -> Interval:
+    pairs = list(zip(outcomes, beside, strict=True))
+    interval = corrected_interval([a.scores[name] - b.scores[name] for a, b in pairs], ratio, chance=0.0)
+    return _with_bootstrap(interval, [a.draws[name] - b.draws[name] if a.draws else None for a, b in pairs])
+
+
+def _with_bootstrap(interval: Interval, draws: Sequence[np.ndarray | None]) -> Interval:
+    drawn = [scores for scores in draws if scores is not None]
+    ends = percentile_interval(np.stack(drawn)) if drawn else None
+    return interval if ends is None else replace(interval, boot_low=ends[0], boot_high=ends[1])
+
+
+def _method(target: Target, sample: Sample, outcomes: list[Outcome], settings: ProbeSettings) -> str:
+    """Say in one line what was done."""
+    penalty = float(np.median([outcome.penalty for outcome in outcomes]))
+    groups = sample.groups
+    grouped = groups.together.max() < groups.people.max()
+    if target.labels:
+        model = f"logistic regression, L2 penalty {penalty:.2g} (median) by log-loss in inner folds of participants"
+        if len(np.unique(groups.people)) > PENALTY_PEOPLE:
+            model += f" (of {PENALTY_PEOPLE} at most)"
+    else:
+        outcome = "log(1 + count)" if target.task == "count" else "the value"
+        left_out = "group" if grouped else "participant"
+        model = f"ridge regression of {outcome}, penalty {penalty:.2g} (median) by leaving one {left_out} out"
+        if len(sample.features) > PENALTY_SCANS:
+            model += f" (of {PENALTY_SCANS} scans)"
+    number, repeats = int(sample.fold_of.max()) + 1, len(sample.fold_of)
+    parts = [model, f"{number} folds of {'groups' if grouped else 'participants'} x {repeats} repeats"]
+    if groups.note:
+        parts.append(f"kept together: {groups.note}")
+    if settings.train_people is not None:
+        parts.append(f"trained on {settings.train_people} participants")
+    if target.note:
+        parts.append(target.note)
+    if sample.confounds is not None:
+        names = ", ".join(sample.confounds.names)
+        parts.append(f"{names} removed from the features by least squares on each training side, the target as it is")
+    if settings.bootstrap:
+        parts.append(f"bootstrap of {settings.bootstrap} draws of the people tested, without training anew")
+    return "; ".join(parts)

@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typer.core import TyperGroup
 
+from extract.apply import apply_probe, check_model_suffix, check_table_suffix, load_probe, save_probe, write_predictions
+from extract.compare import Difference, Probed, align, differences, distinct_names, probe_all
 from extract.embeddings import Embeddings, open_embeddings
-from extract.probe import probe, target_names
-from extract.results import TargetResult
+from extract.model import refit
+from extract.probe import target_names
+from extract.probe_printing import (
+    errors,
+    print_comparison,
+    print_curves,
+    print_embeddings,
+    print_results,
+    print_skipped,
+    print_written,
+    warn,
+)
+from extract.probe_settings import THIRD_DEGREE, ProbeSettings
 from ingest.progress import progress_bar
 
-_METRICS = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
-
-console = Console()
-errors = Console(stderr=True)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_SIZES = re.compile(r"\d{1,9}(,\d{1,9})*,?", re.ASCII)
 
 
-@app.command()
-def probe_command(
-    path: Annotated[Path, typer.Argument(metavar="EMB", help="Embeddings made by extract: .zarr or .h5")],
+class _RunByDefault(TyperGroup):
+    """``probe EMB`` is ``probe run EMB``, and ``--curve`` may stand without sizes."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        for place, arg in enumerate(args):
+            if arg == "--curve" and not _SIZES.fullmatch("".join(args[place + 1 : place + 2])):
+                args = [*args[:place], "--curve=auto", *args[place + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fit linear probes to embeddings:  probe EMB",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command("run")
+def run_command(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="EMB...",
+            help="Embeddings made by extract. Several are compared, with the first, on the scans that they share.",
+        ),
+    ],
     targets: Annotated[
         str | None, typer.Option(metavar="A,B", help="Phenotypes.", show_default="all but confounds")
     ] = None,
@@ -35,97 +73,242 @@ def probe_command(
         list[str] | None,
         typer.Option(metavar="NAME=KIND", help="binary, multiclass, ordinal, count or continuous; repeatable."),
     ] = None,
+    bins: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N", help="Classes of equally many, or NAME=inner edges, e.g. age=55,65; repeatable."
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Of files with several layers; several are compared.")
+    ] = None,
+    confounds: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Remove phenotypes, brain_volume, head_scale; and score them alone."),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Never split these: a phenotype (site), or a table of families or kin."),
+    ] = None,
+    kinship: Annotated[
+        float, typer.Option(help="Related from this coefficient on, where --groups has some.")
+    ] = THIRD_DEGREE,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation, over participants.")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="Of the cross-validation, each on other folds.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the folds.")] = 0,
+    permutations: Annotated[int, typer.Option(min=0, help="Test headline scores by so many; 0 for none.")] = 0,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Intervals by so many draws of people; 0 for none.")] = 0,
+    curve: Annotated[
+        str | None,
+        typer.Option(metavar="[SIZES]", help="Learning curve: train on 50, 100, 200 ... or so many, e.g. 100,1000."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="For the report's brains.", show_default="where EMB was made")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(metavar="MODEL.json", help="Save models fitted to everyone, for probe apply.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Fit linear probes to embeddings: one score with its 95 % interval per phenotype."""
+    """Score linear probes: one score with its 95 % interval per phenotype (the default command)."""
     if store is not None and report is None:
         raise typer.BadParameter("only a report shows scans of the store; add --report FILE.html", param_hint="--store")
-    embeddings = open_embeddings(path)
-    named = None if targets is None else [name.strip() for name in targets.split(",") if name.strip()]
-    names = target_names(embeddings, named)
+    layers: list[str | None] = [*_split(layer)] or [None]
+    if save is not None:
+        check_model_suffix(save)
+        if len(paths) * len(layers) > 1:
+            raise typer.BadParameter("models are saved of one embedding and layer; name one", param_hint="--save")
+    if len(set(paths)) < len(paths) or len(set(layers)) < len(layers):
+        raise typer.BadParameter("embeddings or a layer are named twice; name each once")
+    settings = ProbeSettings(
+        folds=folds,
+        repeats=repeats,
+        seed=seed,
+        confounds=tuple(_split(confounds)),
+        groups=_groups(groups),
+        kinship=kinship,
+        bins=_parse_bins(bins or []),
+        permutations=permutations,
+        bootstrap=bootstrap,
+    )
+    sizes = None if curve is None else _parse_sizes(curve)
+    tasks = _parse_pairs(task or [], "--task", "income=continuous")
+
+    sources = [(path, one) for path in paths for one in layers]
+    labels = distinct_names([path for path, _ in sources], [one for _, one in sources])
+    named = {name: open_embeddings(path, one) for name, (path, one) in zip(labels, sources, strict=True)}
+    warnings: list[str] = []
+    if len(named) > 1:
+        named, warnings = align(named)
+    asked = None if targets is None else _split(targets)
+    names = target_names(named[labels[0]], asked)
     with progress_bar("probe", errors) as progress:
-        bar = progress.add_task("probe", total=len(names))
-        results = probe(
-            embeddings,
-            names,
-            tasks=_parse_tasks(task or []),
-            folds=folds,
-            repeats=repeats,
-            seed=seed,
-            on_target=lambda _: progress.advance(bar),
-        )
+        bar = progress.add_task("probe", total=None)
+        probed = probe_all(
+            named, names, tasks=tasks, settings=settings, curve=sizes,
+            on_target=lambda _: progress.advance(bar), on_plan=lambda total: progress.update(bar, total=total),
+        )  # fmt: skip
+    compared = differences(probed) if len(probed) > 1 else []
+    if save is not None:
+        _save(save, probed[0], tasks, settings, layers[0])
     if report is not None:
         from extract.report import write_report  # drawing needs matplotlib, which takes a second to import
 
-        settings: dict[str, object] = {"embeddings": path.name, "folds": folds, "repeats": repeats, "seed": seed}
-        for warning in write_report(report, embeddings, results, settings=settings, store=store):
-            errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        warnings = write_report(
+            report, probed, differences=compared, settings=_settings(settings), store=store, warnings=warnings
+        )
+    for warning in warnings:
+        warn(f"warning: {warning}")
     if as_json:
-        document = {
-            "embeddings": path.name,
-            "simulated": bool(embeddings.attrs.get("simulated")),
-            "model": embeddings.attrs.get("model"),
-            "weights": embeddings.attrs.get("weights"),
-            "folds": folds,
-            "repeats": repeats,
-            "seed": seed,
-            "targets": [result.to_json() for result in results],
-            "report": None if report is None else str(report),
-        }
-        print(json.dumps(document))
+        print(json.dumps(_document(sources, probed, compared, settings, report, save)))
     else:
-        _print_results(path, embeddings, results)
-        if report is not None:
-            console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
-    if named is not None and any(result.status == "skipped" for result in results):
+        for (path, one), embeddings in zip(sources, named.values(), strict=True):
+            print_embeddings(path, embeddings, one)
+        if len(probed) > 1:
+            print_comparison(probed, compared)
+        else:
+            print_results(probed[0].results)
+        print_curves(probed)
+        print_skipped(probed)
+        for what, where in (("report", report), ("models", save)):
+            if where is not None:
+                print_written(what, where)
+    if asked is not None and any(result.status == "skipped" for one in probed for result in one.results):
         raise typer.Exit(1)
 
 
-def _parse_tasks(options: list[str]) -> dict[str, str]:
+@app.command("apply")
+def apply_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.json", help="Saved by probe EMB --save MODEL.json")],
+    path: Annotated[Path, typer.Argument(metavar="EMB", help="Embeddings made in the same way, of anybody.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Predictions to write: .csv or .parquet")],
+    as_json: AsJson = False,
+) -> None:
+    """Predict for new people with probes that were saved: values, classes and their probabilities, per scan."""
+    check_table_suffix(out)
+    saved = load_probe(model)
+    embeddings = open_embeddings(path, saved.layer)
+    predictions = apply_probe(saved, embeddings)
+    write_predictions(out, predictions)
+    simulated = saved.simulated or bool(embeddings.attrs.get("simulated"))
+    targets = [one.name for one in saved.models]
+    if as_json:
+        document = {"predictions": str(out), "scans": len(predictions), "targets": targets, "simulated": simulated}
+        print(json.dumps(document))
+    else:
+        count = f"{len(predictions)} scans x {len(targets)} targets ({', '.join(targets)})"
+        print_written("predictions", Path(f"{out}: {count}" + (", simulated data" if simulated else "")))
+
+
+def _save(path: Path, probed: Probed, tasks: dict[str, str], settings: ProbeSettings, layer: str | None) -> None:
+    """Fit what was probed to everyone and write it."""
+    asked = {target_names(probed.embeddings, [name])[0]: kind for name, kind in tasks.items()}
+    models = [
+        replace(
+            refit(probed.embeddings, result.name, task=asked.get(result.name), settings=settings), score=result.headline
+        )
+        for result in probed.results
+        if result.status == "ok"
+    ]
+    save_probe(path, probed.embeddings, models, layer=layer)
+
+
+def _document(
+    sources: Sequence[tuple[Path, str | None]],
+    probed: Sequence[Probed],
+    compared: Sequence[Difference],
+    settings: ProbeSettings,
+    report: Path | None,
+    save: Path | None,
+) -> dict[str, Any]:
+    """Return what ``--json`` prints; the top level is about the first embedding."""
+    first = probed[0]
+    document: dict[str, Any] = {
+        "embeddings": sources[0][0].name,
+        **_identity(first.embeddings, sources[0][1]),
+        **_settings(settings),
+        "targets": first.to_json(),
+        "report": None if report is None else str(report),
+        "save": None if save is None else str(save),
+    }
+    if len(probed) > 1:
+        document["embeddings"] = [
+            {"name": one.name, "file": path.name, **_identity(one.embeddings, layer), "targets": one.to_json()}
+            for (path, layer), one in zip(sources, probed, strict=True)
+        ]
+        document["differences"] = [difference.to_json() for difference in compared]
+    return document
+
+
+def _identity(embeddings: Embeddings, layer: str | None) -> dict[str, Any]:
+    return {
+        "scans": len(embeddings.features),
+        "features": embeddings.features.shape[1],
+        "simulated": bool(embeddings.attrs.get("simulated")),
+        "model": embeddings.attrs.get("model"),
+        "weights": embeddings.attrs.get("weights"),
+        "layer": layer,
+    }
+
+
+def _settings(settings: ProbeSettings) -> dict[str, Any]:
+    """Return the settings for people and programs; of a file only its name."""
+    return {
+        "folds": settings.folds,
+        "repeats": settings.repeats,
+        "seed": settings.seed,
+        "confounds": list(settings.confounds),
+        "groups": settings.groups.name if isinstance(settings.groups, Path) else settings.groups,
+        "kinship": settings.kinship,
+        "bins": {name: of if isinstance(of, int) else list(of) for name, of in settings.bins.items()},
+        "permutations": settings.permutations,
+        "bootstrap": settings.bootstrap,
+    }
+
+
+def _split(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _groups(text: str | None) -> str | Path | None:
+    """Return a table if there is such a file, else the name of a phenotype."""
+    return Path(text) if text is not None and Path(text).is_file() else text
+
+
+def _parse_pairs(options: Sequence[str], hint: str, example: str) -> dict[str, str]:
     pairs = [option.partition("=") for option in options]
-    for option, (name, _, kind) in zip(options, pairs, strict=True):
-        if not name.strip() or not kind.strip():
-            raise typer.BadParameter(f"{option!r} is not NAME=KIND, such as income=continuous", param_hint="--task")
-    return {name.strip(): kind.strip() for name, _, kind in pairs}
+    for option, (name, _, value) in zip(options, pairs, strict=True):
+        if not name.strip() or not value.strip():
+            kind = "KIND" if hint == "--task" else "N"
+            raise typer.BadParameter(f"{option!r} is not NAME={kind}, such as {example}", param_hint=hint)
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _print_results(path: Path, embeddings: Embeddings, results: list[TargetResult]) -> None:
-    weights = (embeddings.attrs.get("weights") or {}).get("name", "unknown")
-    console.print(
-        f"{path}: {embeddings.features.shape[0]} scans x {embeddings.features.shape[1]} features, "
-        f"{embeddings.attrs.get('model', 'unknown model')}, {weights} weights"
-        + (", simulated data" if embeddings.attrs.get("simulated") else ""),
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("target", "task", "n", "metric", "score", "95 % interval", "chance"):
-        right = heading in ("n", "score", "95 % interval", "chance")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "target")
-    probed = [result for result in results if result.status == "ok"]
-    for result in probed:
-        who = (escape(result.name), result.task, str(result.n))
-        for name, found in result.metrics.items():
-            interval = f"{_number(found.low)} to {_number(found.high)}"
-            table.add_row(*who, _METRICS.get(name, name), _number(found.score), interval, _number(found.chance))
-            who = ("", "", "")
-    if probed:
-        console.print(table, highlight=False)
-    for result in results:
-        if result.status == "skipped":
-            errors.print(f"skipped: {result.name}: {result.reason}", soft_wrap=True, highlight=False, markup=False)
+def _parse_bins(options: Sequence[str]) -> dict[str, int | tuple[float, ...]]:
+    """Read ``age=3`` (classes) and ``age=55,65`` or ``age=55,`` (inner edges)."""
+    found: dict[str, int | tuple[float, ...]] = {}
+    for name, text in _parse_pairs(options, "--bins", "age=3").items():
+        try:
+            found[name] = tuple(map(float, _split(text))) if "," in text else int(text)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{name}={text} is neither a number of classes (age=3) nor inner edges (age=55,65; one edge: age=60,)",
+                param_hint="--bins",
+            ) from None
+    return found
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}".replace("-0.000", "0.000")
+def _parse_sizes(text: str) -> list[int]:
+    """Read ``100,500,1000``; ``auto`` is none."""
+    if text == "auto":
+        return []
+    if not _SIZES.fullmatch(text):
+        raise typer.BadParameter(f"{text!r} are no numbers of people, such as 100,500,1000", param_hint="--curve")
+    sizes = [int(part) for part in _split(text)]
+    if min(sizes) < 10 or len(set(sizes)) < len(sizes):
+        raise typer.BadParameter(f"{text!r}: expected 10 people or more, each number once", param_hint="--curve")
+    return sizes
 
 
 def main() -> None:
@@ -133,5 +316,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, FileNotFoundError) as error:
-        errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+        warn(f"error: {error}")
         sys.exit(1)

@@ -2,71 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import math
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import jinja2
 
-from extract.embeddings import Embeddings
+from extract.compare import Difference, Probed
 from extract.montage import montage_png, read_brains
-from extract.plots import MANY_POINTS, confusion_plot, forest_plot, roc_plot, scatter_plot
-from extract.results import Interval, TargetResult
-from ingest.errors import StoreError
-
-_METRICS = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "r": "r", "r2": "R²", "mae": "MAE"}
-
-#: Headline metrics: title of the panel, its axis, and the least span of that axis.
-_PANELS = {
-    "auc": ("Classification", "AUC (dashed: chance, 0.5)", (0.4, 1.0)),
-    "r": ("Regression", "Pearson's r (dashed: chance, 0)", (-0.2, 1.0)),
-}
+from extract.report_targets import Picture, Score, curve_pictures, data_uri, panels, predictions, table_rows
+from extract.writing import write_whole
 
 _ABSENT = "not recorded"
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image within the page."""
-
-    uri: str
-    alt: str
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Score:
-    """An interval in words: metric, score, ends, chance, verdict."""
-
-    metric: str
-    score: str
-    interval: str
-    chance: str
-    verdict: str
-
-
-@dataclass(frozen=True)
-class Target:
-    """A target as the page shows it."""
-
-    result: TargetResult
-    headline: Score | None = None
-    others: list[Score] = field(default_factory=list)
-    picture: Picture | None = None
-
-
 def write_report(
     path: Path,
-    embeddings: Embeddings,
-    results: list[TargetResult],
+    probed: Sequence[Probed],
     *,
     settings: Mapping[str, object],
+    differences: Sequence[Difference] = (),
     store: Path | None = None,
+    warnings: Sequence[str] = (),
 ) -> list[str]:
     """Write the report of a probe; it appears whole or not at all.
 
@@ -76,49 +34,47 @@ def write_report(
     ----------
     path
         The HTML file, replaced if it exists; its folder is made.
-    embeddings, results
-        What was probed, and what was found.
+    probed
+        Embeddings and what was found with them, one or several of the same scans.
     settings
         ``folds``, ``repeats``, ``seed``, and what else was asked for.
+    differences
+        Of several embeddings from the first.
     store
         Where the store is now, for pictures of brains; by default where it was when the embeddings were made.
+    warnings
+        More to be shown.
 
     Returns
     -------
     list of str
-        Warnings, which the page shows too: why brains are absent.
+        Warnings, which the page shows too: those given, and why brains are absent.
 
     Raises
     ------
     StoreError
         If the file cannot be written.
     """
-    page, warnings = render_report(embeddings, results, settings=settings, store=store)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # file names may be no UTF-8
-        temporary.replace(path)
-    except OSError as error:
-        raise StoreError(f"the report {path} cannot be written: {error}; choose another name") from error
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
+    page, warnings = render_report(probed, settings=settings, differences=differences, store=store, warnings=warnings)
+    # File names may be no UTF-8
+    write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8", errors="replace"))
     return warnings
 
 
 def render_report(
-    embeddings: Embeddings,
-    results: list[TargetResult],
+    probed: Sequence[Probed],
     *,
     settings: Mapping[str, object],
+    differences: Sequence[Difference] = (),
     store: Path | None = None,
+    warnings: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
     """Return the page of `write_report` and its warnings."""
-    attrs = embeddings.attrs
-    weights = str((attrs.get("weights") or {}).get("name", _ABSENT))
-    grid = (attrs.get("store") or {}).get("grid") or {}
-    brains, warnings = read_brains(embeddings, store)
+    first = probed[0].embeddings
+    grid = (first.attrs.get("store") or {}).get("grid") or {}
+    brains, brain_warnings = read_brains(first, store)
+    warnings = [*warnings, *brain_warnings]
+    results = [result for one in probed for result in one.results if result.status == "ok"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("extract"),
         autoescape=True,
@@ -127,15 +83,24 @@ def render_report(
         lstrip_blocks=True,
     )
     page = environment.get_template("probe.html").render(
-        simulated=bool(attrs.get("simulated")),
-        random=weights.startswith("random ("),
+        simulated=any(one.embeddings.attrs.get("simulated") for one in probed),
+        random=[one.name for one in probed if _weights(one).startswith("random (")],
         date=datetime.now(UTC).date().isoformat(),
-        summary=_summary(embeddings, results, settings),
-        targets=[_target(result, embeddings) for result in results],
-        panels=_panels(results),
+        summary=_summary(probed, settings),
+        names=[one.name for one in probed],
+        targets=table_rows(probed, differences),
+        kind=_kind,
+        confounds=next((result.confounds for result in results if result.confounds), []),
+        permutations=max((result.permutations for result in results), default=0),
+        null="; ".join(dict.fromkeys(result.null for result in results if result.null)),
+        bootstrap=any(found.boot_low is not None for result in results for found in result.metrics.values()),
+        groups=settings.get("groups"),
+        panels=panels(probed),
+        curves=curve_pictures(probed),
+        predictions=[(one.name, predictions(one)) for one in probed],
         brains=[
             Picture(
-                _uri(montage_png(volume), "image/png"),
+                data_uri(montage_png(volume), "image/png"),
                 f"axial, coronal and sagittal plane of the brain in row {row}",
                 f"row {row}",
             )
@@ -143,107 +108,45 @@ def render_report(
         ],
         space=grid.get("space"),
         warnings=warnings,
-        provenance=_provenance(attrs),
-        settings=[(key.replace("_", " "), _plain(value)) for key, value in settings.items()],
+        provenance=[(one.name, _provenance(one.embeddings.attrs)) for one in probed],
+        settings=[
+            (key.replace("_", " "), "none" if value is None else _plain(value)) for key, value in settings.items()
+        ],
     )
     return page, warnings
 
 
-def verdict(interval: Interval) -> str:
-    """Say where a score lies against chance: by whether its 95 % interval holds it."""
-    if not all(map(math.isfinite, (interval.score, interval.low, interval.high, interval.chance))):
-        return "not defined"
-    if interval.holds_chance:
-        return "within chance"
-    return "above chance" if interval.low > interval.chance else "below chance"
+def _kind(score: Score) -> str:
+    """Return the style of a verdict."""
+    return "undefined" if score.verdict == "not defined" else score.verdict.split()[0]
 
 
-def _summary(
-    embeddings: Embeddings, results: list[TargetResult], settings: Mapping[str, object]
-) -> list[tuple[str, str]]:
-    attrs = embeddings.attrs
-    weights = attrs.get("weights") or {}
-    probed = sum(result.status == "ok" for result in results)
-    skipped = len(results) - probed
+def _weights(one: Probed) -> str:
+    return str((one.embeddings.attrs.get("weights") or {}).get("name", _ABSENT))
+
+
+def _summary(probed: Sequence[Probed], settings: Mapping[str, object]) -> list[tuple[str, str]]:
+    first = probed[0].embeddings
+    targets = sum(result.status == "ok" for result in probed[0].results)
+    skipped = len(probed[0].results) - targets
+    found = [
+        ("Scans", f"{len(first.features):,}"),
+        ("Participants", f"{first.scans['participant'].nunique():,}"),
+        ("Targets", f"{targets} probed" + (f", {skipped} skipped" if skipped else "")),
+        ("Cross-validation", f"{settings.get('folds', '?')} folds × {settings.get('repeats', '?')} repeats"),
+    ]
+    if len(probed) > 1:
+        return [*found, ("Embeddings", ", ".join(one.name for one in probed))]
+    attrs = first.attrs
     view = str(attrs.get("view", _ABSENT))
+    digest = str((attrs.get("weights") or {}).get("sha256", _ABSENT))
     return [
-        ("Scans", f"{len(embeddings.features):,}"),
-        ("Participants", f"{embeddings.scans['participant'].nunique():,}"),
-        ("Features", f"{embeddings.features.shape[1]:,}"),
+        *found,
+        ("Features", f"{first.features.shape[1]:,}"),
         ("Model", str(attrs.get("model", _ABSENT))),
         ("View", "whole volume" if view == "volume" else f"{view} × {attrs.get('slices', '?')} slices"),
-        ("Weights", f"{weights.get('name', _ABSENT)}, sha256 {str(weights.get('sha256', _ABSENT))[:12]}…"),
-        ("Cross-validation", f"{settings.get('folds', '?')} folds × {settings.get('repeats', '?')} repeats"),
-        ("Targets", f"{probed} probed" + (f", {skipped} skipped" if skipped else "")),
+        ("Weights", f"{_weights(probed[0])}, sha256 {digest[:12]}…"),
     ]
-
-
-def _target(result: TargetResult, embeddings: Embeddings) -> Target:
-    if result.status != "ok":
-        return Target(result)
-    labels = embeddings.variables.get(result.name, {}).get("labels") or {}
-    units = "categories" if labels else result.units or ""  # codes count categories, whatever these are of
-    others = [_score(name, interval, units) for name, interval in result.metrics.items() if name != result.metric]
-    return Target(
-        result,
-        headline=_score(result.metric, result.headline, units),
-        others=others,
-        picture=_picture(result, units, labels),
-    )
-
-
-def _score(metric: str, interval: Interval, units: str) -> Score:
-    unit = f" {units}" if metric == "mae" and units else ""
-    return Score(
-        _METRICS.get(metric, metric),
-        _number(interval.score, metric) + unit,
-        f"{_number(interval.low, metric)} to {_number(interval.high, metric)}",
-        _number(interval.chance, metric),
-        verdict(interval),
-    )
-
-
-def _number(value: float, metric: str) -> str:
-    if not math.isfinite(value):
-        return "–"
-    if metric == "mae":  # three figures, in whatever unit
-        decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-        return f"{value:,.{decimals}f}"
-    return f"{value:.3f}".replace("-0.000", "0.000")
-
-
-def _picture(result: TargetResult, units: str, labels: Mapping[str, str]) -> Picture | None:
-    found = result.out_of_fold
-    if found is None:
-        return None
-    if result.task == "binary":
-        positive = result.labels[1] if len(result.labels) == 2 else "1"
-        caption = f"ROC curve of each fold and their mean; positive class: {positive}."
-        return Picture(_uri(roc_plot(found, positive)), f"ROC curves of {result.name}", caption)
-    if result.task == "multiclass":
-        names = result.labels or [str(code) for code in range(found.predicted.shape[1])]
-        caption = (
-            "Class given to each scan, all classes taken as equally likely (as for balanced accuracy): "
-            "share of each true class, and number of scans."
-        )
-        return Picture(_uri(confusion_plot(found, names)), f"confusion matrix of {result.name}", caption)
-    caption = "Predicted against true values; on the dashed line they are equal."
-    if len(found.truth) > MANY_POINTS:
-        caption += " Colour: number of scans."
-    if labels:
-        caption += " Categories: " + "; ".join(f"{code} = {label}" for code, label in labels.items()) + "."
-    plot = scatter_plot(found, f"{result.name} ({units})" if units else result.name)
-    return Picture(_uri(plot), f"predicted against true {result.name}", caption)
-
-
-def _panels(results: list[TargetResult]) -> list[Picture]:
-    panels = []
-    for metric, (title, axis, span) in _PANELS.items():
-        chosen = [result for result in results if result.status == "ok" and result.metric == metric]
-        if chosen:
-            alt = f"{title}: headline scores of {len(chosen)} targets with 95 % intervals; the table gives the numbers"
-            panels.append(Picture(_uri(forest_plot(chosen, xlabel=axis, span=span)), alt, title))
-    return panels
 
 
 def _provenance(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -255,11 +158,12 @@ def _provenance(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("model", _plain(attrs.get("model"))),
         ("weights", _plain(weights.get("name"))),
         ("weights sha256", _plain(weights.get("sha256"))),
-        ("layer", _plain(attrs.get("layer"))),
+        ("layers", _layers(attrs)),
         ("view", _plain(attrs.get("view"))),
         ("slices per view", "whole volume" if attrs.get("view") == "volume" else _plain(attrs.get("slices"))),
-        ("scale of the input", _plain(attrs.get("scale"))),
         ("pooling", _plain(attrs.get("pooling"))),
+        ("crop (z, y, x)", _plain(attrs.get("crop") or "none")),
+        ("size of the input", _plain(attrs.get("size") or f"scaled by {_plain(attrs.get('scale'))}")),
         ("precision", _plain(attrs.get("precision"))),
         ("input rule", str(rule.get("rule", _ABSENT))),
         ("input mean, std", f"{_plain(rule.get('mean'))}; {_plain(rule.get('std'))}"),
@@ -273,6 +177,13 @@ def _provenance(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("simulated", "yes" if attrs.get("simulated") else "no"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or _ABSENT),
     ]
+
+
+def _layers(attrs: Mapping[str, Any]) -> str:
+    layers = attrs.get("layers")
+    if not layers:
+        return _plain(attrs.get("layer"))
+    return ", ".join(f"{layer['name']} ({layer['features']:,} features)" for layer in layers)
 
 
 def _plain(value: object) -> str:
@@ -292,7 +203,3 @@ def _plain(value: object) -> str:
 
 def _last_component(path: str) -> str:
     return PureWindowsPath(path).name or path
-
-
-def _uri(content: bytes, kind: str = "image/svg+xml") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

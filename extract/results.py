@@ -10,12 +10,23 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Interval:
-    """A score with its 95 % interval and the value that guessing would reach."""
+    """A score with its 95 % interval and the value that guessing would reach.
+
+    Attributes
+    ----------
+    low, high
+        Of the corrected t interval (`extract.scores.corrected_interval`).
+    boot_low, boot_high
+        Percentiles over draws of the people tested (`extract.bootstrap`), None without ``bootstrap``. They tell how
+        the score varies with who is tested, not with who is trained on.
+    """
 
     score: float
     low: float
     high: float
     chance: float
+    boot_low: float | None = None
+    boot_high: float | None = None
 
     @property
     def holds_chance(self) -> bool:
@@ -35,11 +46,14 @@ class OutOfFold:
         (scan, class) probabilities, or (scan,) values.
     fold
         (scan,) number of the fold in which the scan was tested.
+    rows
+        (scan,) rows of the embeddings.
     """
 
     truth: np.ndarray
     predicted: np.ndarray
     fold: np.ndarray
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,22 @@ class TargetResult:
     units
         Of the variable, where known.
     method
-        The model and its penalty in one line.
+        The model, its penalty, the folds, and what was done about confounds and groups, in one line.
+    confounds
+        Names of the confounds that were removed from the features; empty without any.
+    confound_metrics
+        The same metrics of a model that sees the confounds alone, on the same folds; empty without confounds.
+    gains
+        Scores of `metrics` minus those of `confound_metrics`, fold by fold, against a chance of 0; empty without
+        confounds.
+    p_value, permutations, null
+        Of the permutation test, how many permutations, and what it tests; None, 0 and "" without.
+    fold_scores
+        Metric -> (repeat x fold,) scores of the test folds, repeat after repeat: for paired comparisons.
+    test_to_train
+        Scans tested over scans left to train on, mean over the folds.
+    train_participants
+        People that a model was trained on, median over the folds.
     """
 
     name: str
@@ -78,6 +107,15 @@ class TargetResult:
     units: str | None = None
     method: str = ""
     out_of_fold: OutOfFold | None = None
+    confounds: list[str] = field(default_factory=list)
+    confound_metrics: dict[str, Interval] = field(default_factory=dict)
+    gains: dict[str, Interval] = field(default_factory=dict)
+    p_value: float | None = None
+    permutations: int = 0
+    null: str = ""
+    fold_scores: dict[str, np.ndarray] = field(default_factory=dict)
+    test_to_train: float = 0.0
+    train_participants: int = 0
 
     @property
     def headline(self) -> Interval:
@@ -87,7 +125,6 @@ class TargetResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as printed by ``--json``; numbers that do not exist are None."""
-        found = {name: _numbers(interval) for name, interval in self.metrics.items()}
         return {
             "name": self.name,
             "task": self.task,
@@ -95,9 +132,16 @@ class TargetResult:
             "reason": self.reason,
             "n": self.n,
             "participants": self.participants,
+            "train_participants": self.train_participants,
             "metric": self.metric or None,
             **_numbers(self.headline),
-            "metrics": found,
+            "p_value": self.p_value,
+            "permutations": self.permutations,
+            "null": self.null,
+            "metrics": {name: _numbers(interval) for name, interval in self.metrics.items()},
+            "confounds": self.confounds,
+            "confound_metrics": {name: _numbers(interval) for name, interval in self.confound_metrics.items()},
+            "gains": {name: _numbers(interval) for name, interval in self.gains.items()},
             "labels": self.labels,
             "method": self.method,
         }
@@ -105,4 +149,6 @@ class TargetResult:
 
 def _numbers(interval: Interval) -> dict[str, float | None]:
     values = {"score": interval.score, "low": interval.low, "high": interval.high, "chance": interval.chance}
+    if interval.boot_low is not None and interval.boot_high is not None:
+        values |= {"boot_low": interval.boot_low, "boot_high": interval.boot_high}
     return {key: None if np.isnan(value) else round(float(value), 4) for key, value in values.items()}

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from extract.embeddings import Embeddings
+from extract.embeddings import SCAN_COLUMNS, Embeddings
 from extract.encoder import Encoder, describe
 from extract.fast import choose_batch_size
+from extract.timing import ComputeClock, Timing
 from ingest.places import Place
-from ingest.store import open_store, package_versions
+from ingest.store import VolumeStore, open_store, package_versions
 from loaders import View, open_loader
+from loaders.opening import choose_backend
 from loaders.select import select_rows
 from loaders.views import plan_picture
 
-_IDENTITY = ["participant", "session", "modality", "brain_voxels", "head_scale"]
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of scans.
+
+    Attributes
+    ----------
+    rows
+        int64 (scan,), rows of the store.
+    features
+        float32 (scan, feature).
+    skipped
+        By row, why others of the batch were left out.
+    """
+
+    rows: np.ndarray
+    features: np.ndarray
+    skipped: dict[int, str]
 
 
 def extract(
@@ -27,9 +50,9 @@ def extract(
     backend: str = "auto",
     batch_size: int | None = None,
     threads: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[Timing], None] | None = None,
 ) -> Embeddings:
-    """Embed the scans of a store.
+    """Embed the scans of a store in memory. For a file, of a store of any size, see `extract.resume.extract_to`.
 
     Parameters
     ----------
@@ -44,7 +67,7 @@ def extract(
     batch_size
         Scans at a time; by default as many as are fast and go into the memory that is free.
     on_batch
-        Called with the number of scans just embedded.
+        Called after each batch with where the time went so far.
 
     Raises
     ------
@@ -52,52 +75,139 @@ def extract(
         If the store holds no volume, has fewer slices than are wanted, or features are no finite numbers.
     """
     volumes = open_store(store)
-    rows = select_rows(volumes, rows=rows)
-    if not len(rows):
-        raise ValueError(f"{store} holds no volume with status ok; see: ingest inspect {store}")
-    cut = encoder.view not in (View.volume, View.triplanar)  # the loader reads no more than the slices of one plane
-    view = encoder.view if cut else View.volume
-    picture = plan_picture(volumes.grid.shape_zyx, volumes.slab, view, encoder.slices)
+    rows = wanted_rows(volumes, rows)
     if batch_size is None:
-        batch_size = min(choose_batch_size(encoder, picture.shape, cut=cut), len(rows))
-    parts: list[torch.Tensor] = []
+        batch_size = fitting_batch_size(volumes, encoder, len(rows))
+    timing = Timing()
+    batches = []
+    for batch in encode(volumes, encoder, rows, batch_size=batch_size, backend=backend, threads=threads, timing=timing):
+        batches.append(batch.features)
+        if on_batch:
+            on_batch(timing)
+    return Embeddings(
+        features=np.concatenate(batches),
+        scans=scans_table(volumes, rows),
+        phenotypes=volumes.phenotypes.iloc[rows].reset_index(drop=True),
+        variables=volumes.variables,
+        attrs=provenance(volumes, encoder, backend),
+    )
+
+
+def encode(
+    volumes: VolumeStore,
+    encoder: Encoder,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    backend: str,
+    threads: int | None,
+    timing: Timing,
+    on_error: str = "raise",
+) -> Generator[Encoded]:
+    """Yield the features of scans, batch after batch, in the order of `rows`.
+
+    Parameters
+    ----------
+    rows
+        int64 (scan,); the last batch may have fewer than `batch_size`.
+    timing
+        Is kept up to date.
+    on_error
+        See `loaders.open_loader`.
+
+    Raises
+    ------
+    ValueError
+        If features are no finite numbers; ShardError if a scan cannot be read, unless it is to be skipped.
+    """
+    encoder.check(volumes.grid.shape_zyx)
+    view, slices = _what_to_load(volumes, encoder)
+    clock = ComputeClock(encoder.device, timing)
+    begun = time.perf_counter()
+    waiting: tuple[np.ndarray, torch.Tensor, dict[int, str]] | None = None
     with open_loader(
-        volumes, rows=rows, view=view, slices=encoder.slices, batch_size=batch_size, backend=backend,
-        device=encoder.device, threads=threads,
+        volumes, rows=rows, view=view, slices=slices, batch_size=batch_size, backend=backend, device=encoder.device,
+        threads=threads, on_error=on_error, rank=0, world_size=1,
     ) as loader:  # fmt: skip
-        for batch in loader:
+        batches = iter(loader)
+        while True:
+            with timing.adding("wait"):
+                batch = next(batches, None)
+            if batch is None:
+                break
             images = batch.images
             if encoder.compiled and len(images) < batch_size:  # the last ones: nothing is compiled anew for their sake
                 images = torch.cat([images, images.new_zeros((batch_size - len(images), *images.shape[1:]))])
-            features = encoder(images, cut=cut)[: len(batch.rows)]
-            if parts:  # a GPU is at work on this batch while we wait for the one before
-                parts[-1] = parts[-1].cpu()
-            parts.append(features)
-            if on_batch:
-                on_batch(len(batch.rows))
-    features = torch.cat([part.cpu() for part in parts])
-    strange = ~torch.isfinite(features).all(dim=1).numpy()
+            with clock.running():
+                features = encoder(images, cut=bool(slices))[: len(batch.rows)]
+            if waiting:  # a GPU is at work on this batch while we wait for the one before
+                yield _finish(*waiting, encoder, timing)
+            reasons = {row: loader.skipped[row] for row in batch.rows[~batch.valid].tolist()}
+            waiting = batch.rows, features, reasons
+            timing.take(loader.timing)
+            timing.elapsed = time.perf_counter() - begun
+        if waiting:
+            yield _finish(*waiting, encoder, timing)
+        clock.settle()
+        timing.elapsed = time.perf_counter() - begun
+
+
+def _finish(
+    rows: np.ndarray, features: torch.Tensor, skipped: dict[int, str], encoder: Encoder, timing: Timing
+) -> Encoded:
+    """Fetch the features of a batch, without those of scans that were left out."""
+    there = ~np.isin(rows, list(skipped))
+    rows, found = rows[there], features.cpu().numpy()[there]
+    strange = ~np.isfinite(found).all(axis=1)
     if strange.any():
         raise ValueError(
             f"features of {strange.sum()} scans, the first of them row {rows[strange][0]}, are no finite numbers: "
             f"{encoder.weights.name} weights do not work in {encoder.precision}"
         )
-    scans = volumes.scans[_IDENTITY].iloc[rows].reset_index(drop=True)
+    timing.scans += len(rows)
+    return Encoded(rows, found, skipped)
+
+
+def _what_to_load(volumes: VolumeStore, encoder: Encoder) -> tuple[View, list[int]]:
+    """Return view and slices of the loader: no more than the slices of one plane, or volumes and none."""
+    slices = encoder.slices_to_load(volumes.grid.shape_zyx).tolist()
+    return (encoder.view if slices else View.volume), slices
+
+
+def wanted_rows(volumes: VolumeStore, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """Return which scans to embed, int64; ValueError if there are none."""
+    wanted = select_rows(volumes, rows=rows)
+    if not len(wanted):
+        raise ValueError(f"{volumes.path} holds no volume with status ok; see: ingest inspect {volumes.path}")
+    return wanted
+
+
+def fitting_batch_size(volumes: VolumeStore, encoder: Encoder, scans: int) -> int:
+    """Return how many of some scans to encode at a time; ValueError if the encoder does not take such volumes."""
+    encoder.check(volumes.grid.shape_zyx)
+    view, slices = _what_to_load(volumes, encoder)
+    picture = plan_picture(volumes.grid.shape_zyx, volumes.slab, view, slices)
+    return min(choose_batch_size(encoder, picture.shape, cut=bool(slices)), scans)
+
+
+def scans_table(volumes: VolumeStore, rows: np.ndarray) -> pd.DataFrame:
+    """Return the ``scans/`` columns of embeddings."""
+    scans = volumes.scans[list(SCAN_COLUMNS)].iloc[rows].reset_index(drop=True)
     scans.insert(0, "row", rows)
-    return Embeddings(
-        features=features.numpy(),
-        scans=scans,
-        phenotypes=volumes.phenotypes.iloc[rows].reset_index(drop=True),
-        variables=volumes.variables,
-        attrs={
-            **describe(encoder),
-            "backend": loader.backend,
-            "store": {
-                "path": str(volumes.path.absolute()),
-                "id": volumes.attrs["store_id"],
-                "grid": volumes.attrs["grid"],
-            },
-            "simulated": bool(volumes.attrs["simulated"]),
-            "created_by": package_versions("torch", "torchvision", "zarr", "numpy"),
+    return scans
+
+
+def provenance(volumes: VolumeStore, encoder: Encoder, backend: str) -> dict[str, Any]:
+    """Return the attributes of embeddings."""
+    return {
+        **describe(encoder),
+        "backend": choose_backend(backend, encoder.device)[0],
+        "store": {
+            "path": str(volumes.path.absolute()),
+            "id": volumes.attrs["store_id"],
+            "grid": volumes.attrs["grid"],
         },
-    )
+        "simulated": bool(volumes.attrs["simulated"]),
+        "skipped": [],
+        "created_by": package_versions("torch", "torchvision", "zarr", "numpy"),
+    }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from extract.results import Interval
+from extract.results import Interval, TargetResult
 
 #: What a score can be at all: intervals are cut off there.
 RANGES = {
@@ -90,7 +90,7 @@ def mean_absolute_error(truth: np.ndarray, predicted: np.ndarray | float) -> flo
 
 
 def corrected_interval(
-    scores: Sequence[float],
+    scores: Sequence[float] | np.ndarray,
     test_to_train: float,
     *,
     chance: float,
@@ -144,3 +144,31 @@ def corrected_interval(
     if people and low == high == bounds[1]:
         low = float(((1 - confidence) / 2) ** (1 / people))
     return Interval(mean, low, high, chance)
+
+
+def paired_interval(a: TargetResult, b: TargetResult, metric: str) -> Interval:
+    """Return the mean of a's scores minus b's, fold by fold, with the corrected interval, against a chance of 0.
+
+    Parameters
+    ----------
+    a, b
+        The same target of the same scans, probed on the same folds.
+    metric
+        One of those that both have.
+
+    Raises
+    ------
+    ValueError
+        If they have not the metric, or other folds.
+    """
+    if metric not in a.fold_scores or metric not in b.fold_scores:
+        raise ValueError(f"{metric!r} is not among the scores of both {a.name!r} and {b.name!r}")
+    mine, other = a.fold_scores[metric], b.fold_scores[metric]
+    if (
+        a.out_of_fold is None
+        or b.out_of_fold is None
+        or len(mine) != len(other)
+        or not np.array_equal(a.out_of_fold.fold, b.out_of_fold.fold)
+    ):
+        raise ValueError(f"{a.name!r} and {b.name!r} were probed on other folds; probe the same scans with one seed")
+    return corrected_interval(mine - other, a.test_to_train, chance=0.0)

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import os
+import re
 import threading
 import urllib.error
 import urllib.request
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from torchvision.models import ResNet18_Weights, WeightsEnum
-from torchvision.models.video import R3D_18_Weights
+from torchvision.models import WeightsEnum
 
-#: Names of pretrained weights by model.
-PRETRAINED: dict[str, dict[str, WeightsEnum]] = {
-    "resnet18": {"imagenet": ResNet18_Weights.IMAGENET1K_V1},
-    "r3d_18": {"kinetics": R3D_18_Weights.KINETICS400_V1},
-}
+from extract.checkpoints import parameters_for, read_checkpoint
+from extract.errors import WeightsUnavailableError
+from extract.models import default_weights, family_of
 
 _REACH_SECONDS = 8.0  # no network is found out within this time, whatever the name server does
-
-
-class WeightsUnavailableError(RuntimeError):
-    """Weights that cannot be had; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,44 +33,71 @@ class Weights:
     sha256
         Of the file; of the parameters' bytes if random.
     state_dict
-        None for random weights, which are the model's own initialisation.
+        The model's parameters without its classifier; None for random weights, which are its own initialisation, and
+        once a network has them.
     mean, std
         Of the red, green and blue inputs in [0, 1] that the weights expect.
+    entry
+        Which weights of torchvision, for instance ``ResNet18_Weights.IMAGENET1K_V1``; None for others.
     """
 
     name: str
     sha256: str
-    state_dict: dict[str, Any] | None
+    state_dict: dict[str, torch.Tensor] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    entry: str | None = None
 
 
-def load_weights(model: str, weights: str) -> Weights:
+def load_weights(model: str, weights: str | None = None, weights_dir: str | os.PathLike[str] | None = None) -> Weights:
     """Get the weights that a user asked for.
 
     Parameters
     ----------
     model
-        ``resnet18`` or ``r3d_18``.
+        See `extract.models`.
     weights
-        ``imagenet`` (resnet18), ``kinetics`` (r3d_18), ``random``, or the path of a state dict saved by torch.
+        ``imagenet`` (2D models), ``kinetics`` (3D models), ``random``, or the path of a file, see
+        `extract.checkpoints.read_checkpoint`; by default the pretrained ones. Those are torchvision's default for the
+        model, taken from its cache, or downloaded into that.
+    weights_dir
+        A folder that holds torchvision's files by their own names, instead of its cache; nothing is downloaded, and
+        the files are checked by the digits in their names.
 
     Raises
     ------
+    ValueError
+        For an unknown model, or a folder for weights that are not torchvision's.
     WeightsUnavailableError
-        If they cannot be downloaded, the file is absent, or it holds no state dict.
+        If they cannot be downloaded, the file is absent, or it does not hold weights of the model.
     """
-    known = PRETRAINED[model]
-    mean, std = _normalisation(next(iter(known.values())))
+    pretrained = family_of(model).pretrained
+    entry = default_weights(model)
+    weights = pretrained if weights is None else weights
+    if weights == pretrained:
+        file = _in_cache(model, entry) if weights_dir is None else _in_folder(model, entry, Path(weights_dir))
+        try:
+            checkpoint = read_checkpoint(file)
+            parameters = parameters_for(checkpoint, model)
+        except WeightsUnavailableError as error:
+            raise WeightsUnavailableError(
+                f"{weights} weights of {model} cannot be loaded ({error}); delete {file} and try again"
+            ) from None
+        return Weights(weights, checkpoint.sha256, parameters, *_normalisation(entry), str(entry))
+    if weights_dir is not None:
+        raise ValueError(f"weights_dir holds {pretrained} weights, but weights is {weights!r}; leave one of them out")
     if weights == "random":
-        return Weights("random", "", None, mean, std)
-    if weights in known:
-        return _pretrained(model, weights, known[weights])
-    path = Path(weights)
-    if not path.is_file():
-        choices = ", ".join([*known, "random"])
-        raise WeightsUnavailableError(f"no weights {weights!r} for {model}: expected {choices}, or the path of a file")
-    return Weights(path.name, _sha256(path), _read_state_dict(path), mean, std)
+        return Weights("random", "", None, *_normalisation(entry))
+    if not os.path.exists(weights):
+        raise WeightsUnavailableError(
+            f"no weights {weights!r} for {model}: expected {pretrained}, random, or the path of a file"
+        )
+    checkpoint = read_checkpoint(weights)
+    mean, std = _normalisation(entry)
+    return Weights(
+        checkpoint.file, checkpoint.sha256, parameters_for(checkpoint, model),
+        checkpoint.mean or mean, checkpoint.std or std,
+    )  # fmt: skip
 
 
 def _normalisation(entry: WeightsEnum) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -86,23 +105,58 @@ def _normalisation(entry: WeightsEnum) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(transforms.mean), tuple(transforms.std)
 
 
-def _pretrained(model: str, name: str, entry: WeightsEnum) -> Weights:
+def _file_name(entry: WeightsEnum) -> str:
+    return Path(urlparse(entry.url).path).name
+
+
+def _in_cache(model: str, entry: WeightsEnum) -> Path:
+    """Return torchvision's file in its cache, into which it is downloaded if need be."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    file = cache / Path(urlparse(entry.url).path).name
-    if not file.is_file():
-        problem = _why_unreachable(entry.url)
-        if problem:
-            raise WeightsUnavailableError(
-                f"{name} weights of {model} cannot be downloaded ({problem}); put {file.name} into {cache}, "
-                "or use --weights FILE or --weights random"
-            )
-    try:
-        state_dict = entry.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    file = cache / _file_name(entry)
+    if file.is_file():
+        return file
+    problem = _why_unreachable(entry.url)
+    if problem is None:
+        digits = _digits(file.name)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(entry.url, str(file), hash_prefix=digits, progress=False)
+        except (OSError, RuntimeError) as error:  # RuntimeError: another file came
+            problem = (str(error) or type(error).__name__).splitlines()[0]
+    if problem is not None:
+        name = family_of(model).pretrained
         raise WeightsUnavailableError(
-            f"{name} weights of {model} cannot be loaded ({_first_line(error)}); delete {file} and try again"
-        ) from error
-    return Weights(name, _sha256(file), dict(state_dict), *_normalisation(entry))
+            f"{name} weights of {model} cannot be downloaded ({problem}); put {file.name} into {cache}, "
+            "or use --weights-dir, --weights FILE or --weights random"
+        )
+    return file
+
+
+def _in_folder(model: str, entry: WeightsEnum, folder: Path) -> Path:
+    """Return torchvision's file in a folder, after checking its digest."""
+    if not folder.is_dir():
+        raise WeightsUnavailableError(f"weights_dir is {folder}, which is no folder")
+    file = folder / _file_name(entry)
+    if not file.is_file():
+        raise WeightsUnavailableError(
+            f"{folder} has no {file.name}, the {family_of(model).pretrained} weights of {model}; "
+            f"download it from {entry.url}"
+        )
+    digits = _digits(file.name)
+    with open(file, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if digits and not found.startswith(digits):
+        raise WeightsUnavailableError(
+            f"{file} is not torchvision's file: its sha256 begins with {found[: len(digits)]}, expected {digits}; "
+            "copy it again, or give a file of your own as --weights FILE"
+        )
+    return file
+
+
+def _digits(name: str) -> str | None:
+    """Return the start of a sha256 that torchvision puts into the names of its files."""
+    found = re.search(r"-([0-9a-f]{8,})\.", name)
+    return found.group(1) if found else None
 
 
 def _why_unreachable(url: str) -> str | None:
@@ -122,29 +176,3 @@ def _why_unreachable(url: str) -> str | None:
     thread.start()
     thread.join(_REACH_SECONDS)
     return answer[0] or None
-
-
-def _read_state_dict(path: Path) -> dict[str, Any]:
-    try:
-        with warnings.catch_warnings():  # about pickles of other versions: what cannot be loaded is an error anyhow
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WeightsUnavailableError(
-            f"{path} is no state dict that is safe to load: {_first_line(error)}; "
-            "save one with torch.save(model.state_dict(), FILE)"
-        ) from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise WeightsUnavailableError(f"{path} holds {type(content).__name__}, expected a state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in content.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,12 +16,14 @@ class _RateColumn(ProgressColumn):
 
 
 class _NotesColumn(ProgressColumn):
-    """Bytes read and failures so far, of tasks that count them (fields ``bytes`` and ``failures``)."""
+    """Bytes read, failures, share of time that a network computes, of tasks that tell (same names, and ``busy``)."""
 
     def render(self, task: Task) -> Text:
         read, failures = task.fields.get("bytes"), task.fields.get("failures")
-        size = "" if read is None else decimal(read)
-        return Text(size) + Text(f" {failures} failed" if failures else "", style="red")
+        busy = task.fields.get("busy")
+        notes = [] if read is None else [decimal(read)]
+        notes += [] if busy is None else [f"network busy {busy:.0%}"]
+        return Text(" ".join(notes)) + Text(f" {failures} failed" if failures else "", style="red")
 
 
 def progress_bar(name: str, console: Console) -> Progress:

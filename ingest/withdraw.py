@@ -46,11 +46,12 @@ class Removal:
     Attributes
     ----------
     kind
-        ``volumes``, ``embeddings`` or ``report``.
+        ``volumes``, ``embeddings``, ``unfinished embeddings`` or ``report``.
     people, scans
-        How many people of the list were in it, and how many scans of theirs; of a report nobody knows.
+        How many people of the list were in it, and how many scans of theirs; of a report nobody knows, nor of
+        unfinished embeddings, which are removed whole.
     bytes_deleted
-        Of voxels, or of the page.
+        Of voxels, features, or the page.
     """
 
     store: str
@@ -105,7 +106,8 @@ def read_withdrawals(path: Path) -> frozenset[str]:
 def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
     """Remove people from stores.
 
-    In a store of volumes their shards, answers and identity go; rows stay as tombstones. In embeddings their rows go.
+    In a store of volumes their shards, answers and identity go; rows stay as tombstones. In embeddings their rows go,
+    and what an unfinished `extract` has left beside them goes whole.
     Report pages (.html), which show brains, are removed whole, after everything else. It may be killed at any moment
     and called again: voxels go first and the names last, so nothing of a person can be left behind that a second call
     would not find.
@@ -125,7 +127,7 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
         if kind == "volumes":
             removals.append(_from_volumes(store, people))
         elif isinstance(store, Path):
-            removals.append(_from_embeddings(store, people) if kind == "embeddings" else _remove_report(store))
+            removals += _from_embeddings(store, people) if kind == "embeddings" else [_remove_report(store)]
     return AuditRecord(
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         list_name=list_file.name,
@@ -136,6 +138,10 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
 
 
 def _kind(store: Place) -> str:
+    from extract.blocks import parts_path  # the one place where ingest looks ahead: people must go everywhere
+
+    if isinstance(store, Path) and not store.exists() and parts_path(store).exists():
+        return "embeddings"  # that an extract which was killed has not finished
     if not store.exists():
         raise FileNotFoundError(f"no store at {store}")
     if isinstance(store, Path) and store.suffix == ".html":
@@ -148,9 +154,9 @@ def _kind(store: Place) -> str:
         return "volumes"
     if not isinstance(store, Path):
         raise StoreError(f"{store} holds no volumes; withdraw people from embeddings and reports on a local disk")
-    from extract.embeddings import open_embeddings  # the one place where ingest looks ahead: people must go everywhere
+    from extract.embeddings import read_tables
 
-    open_embeddings(store)
+    read_tables(store)
     return "embeddings"
 
 
@@ -202,22 +208,31 @@ def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
     return cleaned
 
 
-def _from_embeddings(path: Path, people: frozenset[str]) -> Removal:
+def _from_embeddings(path: Path, people: frozenset[str]) -> list[Removal]:
+    from extract.blocks import parts_path, remove_parts
     from extract.embeddings import open_embeddings, remove_unfinished, write_embeddings
 
+    removals = []
     with store_lock(path):
         remove_unfinished(path)
+        parts = parts_path(path)
+        if parts.exists():
+            removals.append(Removal(parts.name, "unfinished embeddings", 0, 0, remove_parts(parts)))
+        if not path.exists():
+            return removals
         embeddings = open_embeddings(path)
         ids = embeddings.scans["participant"].map(participant_key)
         theirs = ids.isin(people).to_numpy()
-        if theirs.any():
+        attrs = _without(embeddings.attrs, set(ids[theirs]))
+        attrs |= _without({"skipped": attrs.get("skipped", [])}, people)  # reasons why scans were left out name files
+        if theirs.any() or attrs["skipped"] != embeddings.attrs.get("skipped", []):
             kept = replace(
                 embeddings,
                 features=embeddings.features[~theirs],
                 scans=embeddings.scans[~theirs].reset_index(drop=True),
                 phenotypes=embeddings.phenotypes[~theirs].reset_index(drop=True),
-                attrs=_without(embeddings.attrs, set(ids[theirs])),
+                attrs=attrs,
             )
             write_embeddings(path, kept)
     size = int(theirs.sum()) * embeddings.features[:1].nbytes
-    return Removal(path.name, "embeddings", int(ids[theirs].nunique()), int(theirs.sum()), size)
+    return [*removals, Removal(path.name, "embeddings", int(ids[theirs].nunique()), int(theirs.sum()), size)]

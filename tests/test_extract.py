@@ -6,24 +6,21 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-import zarr
 from conftest import mni_brain, write_nifti
 from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.models.video import R3D_18_Weights, r3d_18
 
-from extract import Embeddings, build_encoder, extract, open_embeddings, write_embeddings
+from extract import Embeddings, build_encoder, extract, open_embeddings
 from extract.weights import WeightsUnavailableError, load_weights
 from ingest import IngestSettings, ingest, open_store
-from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE
 from loaders import VolumeReader
 from loaders.views import View, slice_positions, slices_of
@@ -142,40 +139,6 @@ def test_random_weights_depend_on_their_seed_alone(store, embedded):
     assert torch.rand(1) == before  # building an encoder leaves the global generator alone
 
 
-@pytest.mark.parametrize("suffix", [".zarr", ".h5"])
-def test_files_keep_everything(embedded, tmp_path, suffix):
-    path = tmp_path / f"e{suffix}"
-    write_embeddings(path, embedded)
-    write_embeddings(path, embedded)  # replaces it
-    found = open_embeddings(path)
-    np.testing.assert_array_equal(found.features, embedded.features)
-    assert found.features.dtype == np.float32
-    for table in ("scans", "phenotypes"):
-        expected = getattr(embedded, table)
-        pd.testing.assert_frame_equal(getattr(found, table)[list(expected.columns)], expected, check_dtype=False)
-    assert found.variables == embedded.variables
-    assert found.attrs == json.loads(json.dumps({"format": "brain-embeddings", "format_version": 1, **embedded.attrs}))
-    assert list(tmp_path.iterdir()) == [path]  # no temporary left
-
-
-def test_files_open_without_this_package(embedded, tmp_path):
-    write_embeddings(tmp_path / "e.zarr", embedded)
-    write_embeddings(tmp_path / "e.h5", embedded)
-    np.testing.assert_array_equal(zarr.open_group(tmp_path / "e.zarr", mode="r")["embeddings"][:], embedded.features)
-    with h5py.File(tmp_path / "e.h5") as file:
-        np.testing.assert_array_equal(file["embeddings"][:], embedded.features)
-        assert list(file["scans/participant"].asstr()[:]) == list(embedded.scans["participant"])
-
-
-def test_what_is_no_embedding_file_is_refused(embedded, store, tmp_path):
-    with pytest.raises(StoreError, match=r"expected one of \.zarr, \.h5"):
-        write_embeddings(tmp_path / "e.csv", embedded)
-    with pytest.raises(StoreError, match="brain-embeddings"):
-        open_embeddings(store)
-    with pytest.raises(FileNotFoundError, match="extract STORE"):
-        open_embeddings(tmp_path / "none.h5")
-
-
 class Hostile:
     """Runs a command when it is unpickled carelessly."""
 
@@ -224,7 +187,7 @@ def test_pretrained_weights_come_from_torchvisions_cache_and_are_checked(tmp_pat
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model": "vgg"}, "resnet18, r3d_18"),
+        ({"model": "vgg"}, "expected one of .*resnet18.*r3d_18"),
         ({"view": View.volume}, "expected axial"),
         ({"model": "r3d_18", "view": View.axial}, "expected volume"),
         ({"slices": 0}, "1 or more"),
@@ -259,12 +222,23 @@ def test_command_line(store, tmp_path):
     assert exact.features.shape == (3, 512)
     assert summary["precision"] == exact.attrs["precision"] == "float32"
     assert exact.attrs["compiled"] is False
+    assert (summary["embedded"], summary["skipped"], summary["processes"]) == (3, [], 1)
+    assert set(summary["time"]) == {"read", "decode", "copy", "wait", "compute", "write", "threads"}
+    assert summary["time"]["read"] > 0
+    assert summary["time"]["compute"] > 0
+    assert summary["time"]["compute"] + summary["time"]["wait"] + summary["time"]["write"] <= summary["seconds"]
+    assert 0 < summary["busy_share"] <= 1
     done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["embedded"] == 0
+    done = run(*arguments[:-1], "--precision", "bfloat16", "--device", "cpu")
     assert done.returncode == 1
-    assert "--overwrite" in done.stderr
+    assert 'made with precision "float32", not "bfloat16"; add --overwrite' in done.stderr
+    assert done.stderr.count("\n") == 1
     done = run(*arguments[:-1], "--overwrite", "--precision", "bfloat16", "--batch-size", "2", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "scans/s), bfloat16" in done.stdout
+    assert re.search(r"^network busy \d+% of the time, waiting for scans \d+%", done.stdout, flags=re.MULTILINE)
     assert open_embeddings(out).attrs["precision"] == "bfloat16"
     np.testing.assert_allclose(open_embeddings(out).features, exact.features, rtol=0.1, atol=0.02)
     done = run(tmp_path / "none.zarr", tmp_path / "e.zarr", "--weights", "random")

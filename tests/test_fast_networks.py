@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from networks import TOLERANCE, assert_close, grey_levels, normalised, norms, trained
 from small_store import SHAPE, make_store
 from torch import nn
 from torchvision.models import resnet18, resnet50
@@ -28,45 +29,10 @@ CPU = torch.device("cpu")
 SIZES = {resnet18: [(61, 47), (32, 33), (3, 20), (1, 1)], r3d_18: [(9, 21, 18), (8, 16, 15), (1, 3, 2)]}
 CASES = [(make, size) for make, sizes in SIZES.items() for size in sizes]
 
-#: Relative to the largest feature; float32 keeps seven digits, and a network adds up thousands of products.
-TOLERANCE = 1e-5
-
-
-def trained(make) -> nn.Module:
-    """Return a network whose batch norms have something to fold: statistics, scales and shifts of their own."""
-    torch.manual_seed(7)
-    network = make().eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
-            nn.init.normal_(module.running_mean, std=0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.5)
-    return network
-
 
 def normalisation(make) -> tuple[tuple[float, ...], tuple[float, ...]]:
     weights = load_weights("resnet18" if make is resnet18 else "r3d_18", "random")
     return weights.mean, weights.std
-
-
-def grey_levels(size: tuple[int, ...], items: int = 2) -> torch.Tensor:
-    return torch.randint(0, 256, (items, 1, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-def normalised(grey: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Make three channels of grey levels as torchvision's users do."""
-    means, stds = (torch.tensor(values).view(1, 3, *[1] * (grey.ndim - 2)) for values in (mean, std))
-    return (grey.float() / 255 - means) / stds
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-def norms(network: nn.Module) -> list[nn.Module]:
-    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
 
 
 @pytest.mark.parametrize("make", [resnet18, resnet50, r3d_18, mc3_18, r2plus1d_18])
@@ -392,9 +358,10 @@ def test_a_gpu_gives_what_a_cpu_gives(checkpoints, model, precision, tolerance):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_gives_the_same(tmp_path):
+@pytest.mark.parametrize("layers", [None, ["layer2", "avgpool"]])
+def test_a_cuda_graph_gives_the_same(tmp_path, layers):
     make_store(tmp_path / "s.zarr", 5)
-    options = {"weights": "random", "slices": 1, "device": "cuda", "precision": "float32"}
+    options = {"weights": "random", "slices": 1, "device": "cuda", "precision": "float32", "layers": layers}
     expected = extract(tmp_path / "s.zarr", build_encoder(**options), batch_size=2)
     found = extract(tmp_path / "s.zarr", build_encoder(**options, compiled=True), batch_size=2)
     np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)

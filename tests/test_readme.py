@@ -78,7 +78,11 @@ def test_commands_and_flags_of_the_readme_exist():
         program, rest = line
         if program not in known:
             script = Path(sysconfig.get_path("scripts")) / program
-            command = [str(script), *{"ingest": ["run"], "loaders": ["profile"]}.get(program, []), "--help"]
+            command = [
+                str(script),
+                *{"ingest": ["run"], "loaders": ["profile"], "probe": ["run"]}.get(program, []),
+                "--help",
+            ]
             known[program] = subprocess.run(
                 command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"}
             ).stdout

@@ -1,0 +1,326 @@
+"""The four kinds of embedding file: written and read by blocks. `docs/embeddings.md` is their specification."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+import zarr
+
+from ingest.store import quiet_zarr, read_columns, write_column
+
+_CHUNK_ROWS = 1024
+_ROW_GROUP_BYTES = 8 << 20
+_METADATA = b"brain-embeddings"  # key of a parquet file's metadata
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that an embedding file holds besides the features; see `extract.embeddings.Embeddings`."""
+
+    scans: pd.DataFrame
+    phenotypes: pd.DataFrame
+    variables: dict[str, dict[str, Any]]
+    attrs: dict[str, Any]
+
+
+#: Gives the features of scans [start, stop), float32 (scan, feature); asked for one range after the other.
+Features = Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of file is written and read.
+
+    Attributes
+    ----------
+    write
+        ``write(path, tables, shape, features)``, where nothing is yet; `shape` is (scans, features).
+    read_tables
+        Reads all but the features.
+    read_features
+        Yields them block by block, float32 (scan, feature); of a file without scans one block of none.
+    """
+
+    write: Callable[[Path, Tables, tuple[int, int], Features], None]
+    read_tables: Callable[[Path], Tables]
+    read_features: Callable[[Path], Iterator[np.ndarray]]
+
+
+def feature_names(count: int) -> list[str]:
+    """Return the names of features as columns of a table: f0, f1, ..."""
+    return [f"f{number}" for number in range(count)]
+
+
+def flat_names(tables: Tables, features: int) -> list[str]:
+    """Return the names of all columns side by side: of the scans, the phenotypes, the features.
+
+    A phenotype whose name is taken is called ``phenotype_NAME``.
+    """
+    others = [*map(str, tables.scans.columns), *feature_names(features)]
+    taken = set(others)
+    phenotypes = []
+    for column in map(str, tables.phenotypes.columns):
+        name = column
+        while name in taken:
+            name = f"phenotype_{name}"
+        taken.add(name)
+        phenotypes.append(name)
+    scans = len(tables.scans.columns)
+    return [*others[:scans], *phenotypes, *others[scans:]]
+
+
+def _ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _is_text(values: np.ndarray) -> bool:
+    return values.dtype.kind in "OUT"
+
+
+def _columns(tables: Tables) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield group, name and values of each column."""
+    for group, table in (("scans", tables.scans), ("phenotypes", tables.phenotypes)):
+        for name in table.columns:
+            yield group, str(name), table[name].to_numpy()
+
+
+# --- zarr: a group that xarray opens, too
+
+
+def _write_zarr(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
+    root = zarr.open_group(path, mode="w-", zarr_format=3)
+    array = root.create_array(
+        "embeddings",
+        shape=shape,
+        chunks=(max(1, min(_CHUNK_ROWS, shape[0])), max(1, shape[1])),
+        dtype="float32",
+        dimension_names=("scan", "feature"),
+    )
+    for start, stop in _ranges(shape[0], _CHUNK_ROWS):
+        array[start:stop] = features(start, stop)
+    for group in ("scans", "phenotypes"):
+        root.create_group(group)
+    for group, name, values in _columns(tables):
+        columns = root[group]
+        assert isinstance(columns, zarr.Group)
+        write_column(columns, name, values, tables.variables.get(name) if group == "phenotypes" else None)
+    root.attrs.update(tables.attrs)
+
+
+def _read_zarr_tables(path: Path) -> Tables:
+    with quiet_zarr():
+        root = zarr.open_group(path, mode="r", zarr_format=3)
+        attrs = dict(root.attrs)
+        if "embeddings" not in root:
+            return Tables(pd.DataFrame(), pd.DataFrame(), {}, attrs)
+        scans, _ = read_columns(root, "scans")
+        phenotypes, variables = read_columns(root, "phenotypes")
+        return Tables(scans, phenotypes, variables, attrs)
+
+
+def _read_zarr_features(path: Path) -> Iterator[np.ndarray]:
+    with quiet_zarr():
+        array = zarr.open_group(path, mode="r", zarr_format=3)["embeddings"]
+        assert isinstance(array, zarr.Array)
+        for start, stop in _ranges(max(1, array.shape[0]), array.chunks[0]):
+            yield np.asarray(array[start:stop])
+
+
+# --- HDF5: the same groups and names
+
+
+def _write_hdf5(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
+    with h5py.File(path, "w") as file:
+        array = file.create_dataset("embeddings", shape=shape, dtype="float32")
+        for start, stop in _ranges(shape[0], _CHUNK_ROWS):
+            array[start:stop] = features(start, stop)
+        for group in ("scans", "phenotypes"):
+            file.create_group(group)
+        for group, name, values in _columns(tables):
+            if _is_text(values):
+                values = np.array([str(value) for value in values], dtype=h5py.string_dtype())
+            column = file[group].create_dataset(name, data=values)
+            if group == "phenotypes":
+                for key, value in tables.variables.get(name, {}).items():
+                    column.attrs[key] = json.dumps(value)  # HDF5 has no null and no nesting
+        for key, value in tables.attrs.items():
+            file.attrs[key] = json.dumps(value)
+
+
+def _read_hdf5_tables(path: Path) -> Tables:
+    with h5py.File(path, "r") as file:
+        attrs = {key: json.loads(value) for key, value in file.attrs.items()}
+        tables: dict[str, pd.DataFrame] = {}
+        variables: dict[str, dict[str, Any]] = {}
+        for group in ("scans", "phenotypes"):
+            columns = {}
+            for name, column in file[group].items():
+                text = h5py.check_string_dtype(column.dtype) is not None
+                columns[name] = column.asstr()[:].astype(object) if text else column[:]
+                if group == "phenotypes":
+                    variables[name] = {key: json.loads(value) for key, value in column.attrs.items()}
+            tables[group] = pd.DataFrame(columns)
+        return Tables(tables["scans"], tables["phenotypes"], variables, attrs)
+
+
+def _read_hdf5_features(path: Path) -> Iterator[np.ndarray]:
+    with h5py.File(path, "r") as file:
+        array = file["embeddings"]
+        for start, stop in _ranges(max(1, len(array)), _CHUNK_ROWS):
+            yield array[start:stop]
+
+
+# --- parquet: one table, whose metadata say which columns are what
+
+
+def _write_parquet(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
+    rows, width = shape
+    arrays = [_arrow(values) for _, _, values in _columns(tables)]
+    names = flat_names(tables, width)
+    about = {
+        "attrs": tables.attrs,
+        "variables": tables.variables,
+        "scans": [str(name) for name in tables.scans.columns],
+        "phenotypes": [str(name) for name in tables.phenotypes.columns],
+    }
+    types = [array.type for array in arrays] + [pa.float32()] * width
+    schema = pa.schema(list(zip(names, types, strict=True)), metadata={_METADATA: json.dumps(about)})
+    step = max(_CHUNK_ROWS, _ROW_GROUP_BYTES // max(1, 4 * width))
+    dictionary = names[: len(arrays)]
+    with pa.parquet.ParquetWriter(path, schema, use_dictionary=dictionary, write_statistics=dictionary) as file:
+        for start, stop in _ranges(rows, step):
+            columns = [array[start:stop] for array in arrays] + _arrow_columns(features(start, stop))
+            file.write_table(pa.table(columns, schema=schema), row_group_size=step)
+            del columns  # before the next ones are made
+
+
+def _arrow_columns(block: np.ndarray) -> list[pa.Array]:
+    columns = np.asfortranarray(block)
+    return [pa.array(columns[:, k]) for k in range(block.shape[1])]
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    if _is_text(values):
+        return pa.array([str(value) for value in values], pa.string())
+    return pa.array(values, from_pandas=True)  # NaN becomes null, which is what R and Julia call missing
+
+
+def _read_parquet_tables(path: Path) -> Tables:
+    with pa.parquet.ParquetFile(path) as file:
+        about = _about(file)
+        if not about:
+            return Tables(pd.DataFrame(), pd.DataFrame(), {}, {})
+        names = file.schema_arrow.names
+        scans, phenotypes = about["scans"], about["phenotypes"]
+        found = file.read(columns=names[: len(scans) + len(phenotypes)])
+        columns = [_from_arrow(found.column(name)) for name in names[: len(scans) + len(phenotypes)]]
+    return Tables(
+        pd.DataFrame(dict(zip(scans, columns[: len(scans)], strict=True))),
+        pd.DataFrame(dict(zip(phenotypes, columns[len(scans) :], strict=True))),
+        about["variables"],
+        about["attrs"],
+    )
+
+
+def _from_arrow(column: pa.ChunkedArray) -> np.ndarray:
+    if pa.types.is_string(column.type):
+        return np.array(column.to_pylist(), dtype=object)
+    values = column.fill_null(np.nan) if pa.types.is_floating(column.type) else column
+    return np.array(values.to_numpy())  # arrow's own memory is read-only
+
+
+def _about(file: pa.parquet.ParquetFile) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((file.schema_arrow.metadata or {}).get(_METADATA, b"{}"))
+    return found
+
+
+def _read_parquet_features(path: Path) -> Iterator[np.ndarray]:
+    with pa.parquet.ParquetFile(path) as file:
+        about = _about(file)
+        names = file.schema_arrow.names[len(about["scans"]) + len(about["phenotypes"]) :]
+        if not file.num_row_groups:
+            yield np.empty((0, len(names)), np.float32)
+        for number in range(file.num_row_groups):
+            found = file.read_row_group(number, columns=names)
+            block = np.empty((found.num_rows, len(names)), np.float32)
+            for place, name in enumerate(names):
+                block[:, place] = found.column(name).to_numpy()
+            yield block
+
+
+# --- npz: numpy alone, nothing pickled
+
+
+def _write_npz(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        blocks = (features(start, stop) for start, stop in _ranges(shape[0], _CHUNK_ROWS))
+        _write_npy(archive, "embeddings", np.dtype(np.float32), shape, blocks)
+        arrays = {f"{group}/{name}": values for group, name, values in _columns(tables)}
+        arrays["attrs"] = np.array(json.dumps(tables.attrs))
+        arrays["variables"] = np.array(json.dumps(tables.variables))
+        for name, values in arrays.items():
+            if _is_text(values) and values.ndim:
+                values = np.array([str(value) for value in values], dtype=np.str_)
+            _write_npy(archive, name, values.dtype, values.shape, [values])
+
+
+def _write_npy(
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]
+) -> None:
+    member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # else equal contents would not be equal
+    with archive.open(member, "w", force_zip64=True) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype).tobytes())
+
+
+def _read_npz_tables(path: Path) -> Tables:
+    groups: dict[str, dict[str, np.ndarray]] = {"scans": {}, "phenotypes": {}}
+    with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:  # numpy leaves a bad one open
+        if not {"attrs", "variables", "embeddings"} <= set(file.files):
+            return Tables(pd.DataFrame(), pd.DataFrame(), {}, {})
+        for key in file.files:
+            group, _, name = key.partition("/")
+            if group in groups:
+                values = file[key]
+                groups[group][name] = values.astype(object) if _is_text(values) else values
+        attrs, variables = (json.loads(str(file[name])) for name in ("attrs", "variables"))
+    return Tables(pd.DataFrame(groups["scans"]), pd.DataFrame(groups["phenotypes"]), variables, attrs)
+
+
+def _read_npz_features(path: Path) -> Iterator[np.ndarray]:
+    with zipfile.ZipFile(path) as archive, archive.open("embeddings.npy") as file:
+        rows, width = _read_npy_shape(file)
+        for start, stop in _ranges(max(1, rows), _CHUNK_ROWS):
+            count = min(stop, rows) - start
+            yield np.frombuffer(file.read(4 * count * width), np.float32).reshape(count, width)
+
+
+def _read_npy_shape(file: IO[bytes]) -> tuple[int, int]:
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"embeddings.npy has version {version} of numpy's format, expected (1, 0)")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if len(shape) != 2 or fortran_order or dtype != np.float32:
+        raise ValueError(f"embeddings.npy is {dtype} of shape {shape}, expected float32 (scan, feature) in C order")
+    return shape
+
+
+#: By the ending of the file's name.
+KINDS = {
+    ".zarr": Kind(_write_zarr, _read_zarr_tables, _read_zarr_features),
+    ".h5": Kind(_write_hdf5, _read_hdf5_tables, _read_hdf5_features),
+    ".parquet": Kind(_write_parquet, _read_parquet_tables, _read_parquet_features),
+    ".npz": Kind(_write_npz, _read_npz_tables, _read_npz_features),
+}

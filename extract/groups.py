@@ -1,0 +1,163 @@
+"""Groups of people whom cross-validation must not split: participants, sites, families, kinship."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from extract.embeddings import Embeddings
+from extract.targets import column_of
+
+_PARTICIPANT = ("participant", "participant_id", "eid", "iid")
+_GROUP = ("group", "family", "family_id", "fid")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Who belongs together; all arrays are int64, (scan,).
+
+    Attributes
+    ----------
+    people
+        Participants, 0 ... people-1.
+    together
+        Groups that are never split, 0 ... groups-1.
+    units
+        What is independent of each other, and so drawn and exchanged as a whole: families, else participants.
+    blocks
+        Units are exchanged within these only: the groups of a phenotype such as ``site``, else all are one.
+    note
+        Of the groups in words; empty where they are the participants.
+    """
+
+    people: np.ndarray
+    together: np.ndarray
+    units: np.ndarray
+    blocks: np.ndarray
+    note: str = ""
+
+    def rows(self, chosen: np.ndarray) -> Groups:
+        """Return those of some scans (a mask), numbered anew without gaps."""
+        again = (np.unique(part[chosen], return_inverse=True)[1] for part in (self.people, self.together, self.units))
+        people, together, units = again
+        return Groups(people, together, units, self.blocks[chosen], self.note)
+
+
+def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: float) -> Groups:
+    """Read who must not be split.
+
+    Parameters
+    ----------
+    groups
+        A phenotype, by name or alias: people of one value stay together, those without a value alone, and values that
+        one person has in different scans are joined. Or a file, with blanks, commas or tabs between its columns and a
+        header: ``participant`` (or ``eid``) and ``group`` (or ``family``); or pairs of relatives as in UK Biobank's
+        ``ukb_rel.dat``: ``ID1``, ``ID2`` and, optionally, ``Kinship``, of which the connected components stay together.
+    kinship
+        Pairs with a coefficient of this or more are related.
+
+    Raises
+    ------
+    ValueError
+        If there is no such phenotype or file, the file is no such table or knows none of the people, or everybody is in
+        one group.
+    """
+    participants = embeddings.scans["participant"].to_numpy().astype(str)
+    names, people = np.unique(participants, return_inverse=True)
+    alone = np.zeros(len(people), dtype=np.int64)
+    if groups is None:
+        return Groups(people, people, people, alone)
+    path = Path(groups)
+    if path.is_file():
+        first, second, note = _read_table(path, names, kinship)
+        together = _components(first, second, len(names))[people]
+        _check(together, note)
+        return Groups(people, together, together, alone, note)
+    try:
+        column = column_of(embeddings, str(groups))
+    except ValueError as error:
+        raise ValueError(f"groups {str(groups)!r} are neither a file nor a phenotype: {error}") from None
+    values = embeddings.phenotypes[column].to_numpy(np.float64)
+    known = np.flatnonzero(~np.isnan(values))
+    code = np.unique(values[known], return_inverse=True)[1] + len(names)  # nodes after those of the people
+    together = _components(people[known], code, len(names) + len(known))[people]
+    together = np.unique(together, return_inverse=True)[1]
+    note = f"{together.max() + 1} groups by {column}"
+    _check(together, note)
+    return Groups(people, together, people, together, note)
+
+
+def _check(together: np.ndarray, note: str) -> None:
+    if together.max(initial=0) == 0:
+        raise ValueError(
+            f"{note}: everybody is in one group, which leaves nobody to test on; people who have several values join "
+            "their groups; choose other groups"
+        )
+
+
+def _components(first: np.ndarray, second: np.ndarray, nodes: int) -> np.ndarray:
+    """Return the connected component of each node: first[i] and second[i] are linked."""
+    links = sparse.coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(nodes, nodes))
+    return connected_components(links, directed=False)[1].astype(np.int64)
+
+
+def _read_table(path: Path, names: np.ndarray, kinship: float) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return linked people, by their places in `names`, and what they are in words."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            header = file.readline()
+        separator = next((mark for mark in "\t,;" if mark in header), r"\s+")
+        table = pd.read_csv(path, sep=separator, dtype=str, encoding="utf-8-sig", skipinitialspace=True)
+    except (ValueError, OSError) as error:  # pandas' parser errors, empty files and undecodable texts are ValueErrors
+        raise ValueError(
+            f"the groups in {path} cannot be read: {error}; expected a text table with a header"
+        ) from error
+    table.columns = [str(name).strip().lower() for name in table.columns]
+    place = {name: i for i, name in enumerate(names.tolist())}
+    if {"id1", "id2"} <= set(table.columns):
+        related = table
+        if "kinship" in table.columns:
+            coefficients = pd.to_numeric(table["kinship"], errors="coerce")
+            if coefficients.isna().any():
+                row = int(np.flatnonzero(coefficients.isna())[0])
+                raise ValueError(
+                    f"row {row + 2} of {path} has the kinship {table['kinship'].iloc[row]!r}; expected a number"
+                )
+            related = table[coefficients >= kinship]
+        first, second = (_places(related[column], place) for column in ("id1", "id2"))
+        if len(table) and not max(_places(table[c], place).max() for c in ("id1", "id2")) >= 0:
+            raise ValueError(_stranger(path, table["id1"].iloc[0], names))
+        both = (first >= 0) & (second >= 0)
+        note = f"families of {int(both.sum())} related pairs in {path.name}"
+        return first[both], second[both], note
+    participant = next((name for name in _PARTICIPANT if name in table.columns), None)
+    group = next((name for name in _GROUP if name in table.columns), None)
+    if participant is None or group is None:
+        raise ValueError(
+            f"{path} has the columns {', '.join(table.columns)}; expected participant and group, or ID1, ID2, Kinship"
+        )
+    who = _places(table[participant], place)
+    known = (who >= 0) & table[group].notna().to_numpy()
+    if not known.any():
+        raise ValueError(_stranger(path, table[participant].iloc[0] if len(table) else "", names))
+    who, family = who[known], np.unique(table[group].to_numpy()[known].astype(str), return_inverse=True)[1]
+    representative = np.zeros(family.max() + 1, dtype=np.int64)
+    representative[family] = who  # everyone is linked to one member of the family
+    return who, representative[family], f"{family.max() + 1} groups in {path.name}"
+
+
+def _places(column: pd.Series, place: dict[str, int]) -> np.ndarray:
+    """Return the place of each participant, -1 for those without scans."""
+    return np.array([place.get(str(name).strip(), -1) for name in column], dtype=np.int64)
+
+
+def _stranger(path: Path, name: object, names: np.ndarray) -> str:
+    return (
+        f"none of the people in {path} (such as {name!r}) has a scan here (such as {names[0]!r}); "
+        "expected the participants' numbers of the same study or application"
+    )

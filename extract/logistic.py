@@ -1,0 +1,167 @@
+"""Logistic regression, binary and multinomial, with a penalty that is chosen without splitting groups of scans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize
+
+from extract.linear import Fit, rotate
+
+
+def logistic(train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, *, penalty: float | None = None) -> Fit:
+    """Fit logistic regression.
+
+    Parameters
+    ----------
+    train
+        float64, (training scan, feature).
+    codes
+        int, (training scan,) 0 ... classes-1; every class occurs.
+    inner_folds
+        int, (training scan,) folds for choosing the penalty, each of which leaves every class to the others; -1 for
+        scans that take no part in the choice.
+    penalty
+        None chooses among `Rotation.penalties` by the log-loss over the inner folds. Log-loss rather than AUC: AUC
+        does not change when all weights shrink together, so on weak effects it picks penalties at random and leaves
+        probabilities overconfident; log-loss is a proper score, and every scan counts in it. From the strongest
+        penalty down, each fit starting from the last, every second one is tried, and then those beside the best. The
+        loss may rise before it falls, since the axes of most variance come first, whether they know anything or not;
+        an axis that knows nothing costs about half a nat. So the search ends early only when the loss has risen by a
+        nat per axis.
+
+    Returns
+    -------
+    Fit
+        With one output for two classes (`probabilities` gives both), else one per class. The penalty is on half the
+        squared weights, against the summed log-loss: 1 / C of scikit-learn.
+    """
+    rotation = rotate(train)
+    if penalty is None:
+        penalty = _penalty_by_log_loss(train, codes, inner_folds, rotation.penalties)
+    weights = fit_logistic(_with_constant(rotation.apply(train)), codes, penalty, tolerance=1e-6)
+    return rotation.unrotate(weights[:-1], weights[-1], np.full(weights.shape[1], penalty))
+
+
+def probabilities(decisions: np.ndarray) -> np.ndarray:
+    """Return class probabilities (scan, class) of decisions of `logistic`, which are (scan, 1) for two classes."""
+    return np.exp(_log_probabilities(decisions))
+
+
+def fit_logistic(
+    design: np.ndarray, codes: np.ndarray, penalty: float, start: np.ndarray | None = None, *, tolerance: float = 1e-3
+) -> np.ndarray:
+    """Minimise the summed log-loss plus penalty / 2 times the squared weights, the intercepts (last row) left free.
+
+    L-BFGS (Byrd, Lu, Nocedal & Zhu 1995) in coordinates scaled by the curvature that each weight has at the classes'
+    frequencies, where a step of 1 is about one standard error of the weight.
+
+    Parameters
+    ----------
+    design
+        float64, (scan, column), the last column constant.
+    codes
+        int, (scan,) 0 ... classes-1; every class occurs.
+    start
+        Weights to start from.
+    tolerance
+        Largest slope left, in the scaled coordinates. A thousandth of a standard error will do to compare penalties.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64, (column, 1) for two classes, else (column, class).
+    """
+    frequencies = np.bincount(codes) / len(codes)
+    binary = len(frequencies) == 2
+    indicator = (codes == 1).astype(np.float64)[:, None] if binary else np.eye(len(frequencies))[codes]
+    shown = frequencies[1:] if binary else frequencies
+    ridges = np.full((design.shape[1], 1), penalty)
+    ridges[-1] = 0
+    curvature = np.einsum("ij,ij->j", design, design)[:, None] * (shown * (1 - shown)) + ridges
+    scale = 1 / np.sqrt(curvature)
+    if start is None:
+        start = np.zeros_like(scale)
+        start[-1] = np.log(frequencies[1] / frequencies[0]) if binary else np.log(frequencies)
+
+    def loss(scaled: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = scaled.reshape(scale.shape) * scale
+        decisions = _product(design, weights)
+        if binary:
+            value = float(np.sum(np.logaddexp(0, decisions) - decisions * indicator))
+            predicted = 1 / (1 + np.exp(-np.clip(decisions, -700, 700)))
+        else:
+            logs = _log_probabilities(decisions)
+            value = -float(np.sum(logs * indicator))
+            predicted = np.exp(logs)
+        slope = _product(design.T, predicted - indicator) + ridges * weights
+        return value + 0.5 * float(np.sum(ridges * weights**2)), (slope * scale).ravel()
+
+    found = optimize.minimize(
+        loss,
+        (start / scale).ravel(),
+        jac=True,
+        method="L-BFGS-B",
+        options={"gtol": tolerance, "ftol": 1e-15, "maxiter": 1000},  # the slope alone decides
+    )
+    return found.x.reshape(scale.shape) * scale
+
+
+@dataclass
+class _Part:
+    """One inner fold: its own standardised and rotated features, and the weights of the last penalty."""
+
+    train: np.ndarray
+    train_codes: np.ndarray
+    test: np.ndarray
+    test_codes: np.ndarray
+    weights: np.ndarray | None = None
+
+    def loss(self, penalty: float) -> float:
+        """Return the log-loss of the test side, summed over its scans."""
+        self.weights = fit_logistic(self.train, self.train_codes, penalty, self.weights)
+        logs = _log_probabilities(self.test @ self.weights)
+        return -float(logs[np.arange(len(logs)), self.test_codes].sum())
+
+
+def _penalty_by_log_loss(train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, penalties: np.ndarray) -> float:
+    """Return the penalty with the least log-loss over the inner folds; `penalties` fall from strong to weak."""
+    used = inner_folds >= 0
+    parts = []
+    for fold in np.unique(inner_folds[used]):
+        test = inner_folds == fold
+        rotation = rotate(train[used & ~test])  # of its own: on its own axes L-BFGS takes a few steps
+        inner, outer = (_with_constant(rotation.apply(train[rows])) for rows in (used & ~test, test))
+        parts.append(_Part(inner, codes[used & ~test], outer, codes[test]))
+    axes = max(part.train.shape[1] for part in parts)
+    losses: dict[int, float] = {}
+
+    def best() -> int:
+        return min(losses, key=lambda place: (losses[place], place))
+
+    for place in range(0, len(penalties), 2):
+        losses[place] = sum(part.loss(float(penalties[place])) for part in parts)
+        if losses[place] > losses[best()] + axes:
+            break
+    for place in (best() - 1, best() + 1):
+        if 0 <= place < len(penalties):
+            losses[place] = sum(part.loss(float(penalties[place])) for part in parts)
+    return float(penalties[best()])
+
+
+def _product(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return matrix @ columns, column by column: BLAS copies the matrix for a few columns, and takes thrice as long."""
+    return np.stack([matrix @ column for column in np.ascontiguousarray(columns.T)], axis=1)
+
+
+def _with_constant(scores: np.ndarray) -> np.ndarray:
+    return np.column_stack([scores, np.ones(len(scores))])
+
+
+def _log_probabilities(decisions: np.ndarray) -> np.ndarray:
+    """Logarithms of class probabilities, (scan, class); scipy's softmax takes five times as long on few scans."""
+    if decisions.shape[1] == 1:
+        return -np.logaddexp(0, np.column_stack([decisions, -decisions]))
+    shifted = decisions - decisions.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -1,0 +1,236 @@
+"""A probe fitted to everyone, as one linear model of raw features and confounds: to be saved and applied to others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from extract.confounds import ConfoundCoding, fit_coding, fit_residualiser, read_confounds
+from extract.cross_validation import penalty_folds
+from extract.embeddings import Embeddings
+from extract.groups import read_groups
+from extract.linear import ridge
+from extract.logistic import logistic, probabilities
+from extract.probe import check_embeddings
+from extract.probe_settings import ProbeSettings
+from extract.results import Interval
+from extract.targets import read_targets, target_names
+
+
+@dataclass(frozen=True)
+class ProbeModel:
+    """A linear model: features times coefficients plus confounds times theirs plus intercept, and a link function.
+
+    Attributes
+    ----------
+    name, task, labels, units
+        Of the target; see `extract.results.TargetResult`.
+    n, participants
+        Scans that it was fitted to, and the people they are of.
+    coefficients
+        float64, (feature, output): one output, or one per class where there are more than two.
+    intercept
+        float64, (output,).
+    penalty
+        The one that was chosen, on standardised features.
+    confounds
+        How confounds become columns; None without any.
+    confound_coefficients
+        float64, (column, output). Confounds are removed from features before the fit, which is linear, too.
+    score
+        Of the same model in cross-validation, where known.
+    """
+
+    name: str
+    task: str
+    labels: list[str]
+    units: str | None
+    n: int
+    participants: int
+    coefficients: np.ndarray
+    intercept: np.ndarray
+    penalty: float
+    confounds: ConfoundCoding | None
+    confound_coefficients: np.ndarray
+    score: Interval | None = None
+
+    def predict(self, features: np.ndarray, confounds: np.ndarray | None = None) -> np.ndarray:
+        """Predict the target of other scans.
+
+        Parameters
+        ----------
+        features
+            (scan, feature).
+        confounds
+            (scan, confound) in the order of ``self.confounds.names``, NaN where missing.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64, (scan,) values in the target's units, or (scan, class) probabilities.
+
+        Raises
+        ------
+        ValueError
+            If features or confounds are not as many as the model has.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.coefficients):
+            raise ValueError(
+                f"features of shape {features.shape}: the model of {self.name!r} expects (scan, "
+                f"{len(self.coefficients)}), from the encoder that it was fitted to"
+            )
+        decisions = features.astype(np.float64) @ self.coefficients + self.intercept
+        if self.confounds is not None:
+            names = self.confounds.names
+            if confounds is None or confounds.shape != (len(features), len(names)):
+                raise ValueError(f"the model of {self.name!r} needs the confounds {', '.join(names)} of each scan")
+            decisions = decisions + self.confounds.encode(confounds) @ self.confound_coefficients
+        if self.labels:
+            return probabilities(decisions)
+        value = decisions[:, 0]
+        return np.expm1(np.clip(value, 0, 700)) if self.task == "count" else value
+
+    def predict_embeddings(self, embeddings: Embeddings) -> np.ndarray:
+        """Predict for all scans of an embedding file, whose confounds are read from it.
+
+        Raises
+        ------
+        ValueError
+            If it lacks a confound, or has other features.
+        """
+        if self.confounds is None:
+            return self.predict(embeddings.features)
+        return self.predict(embeddings.features, read_confounds(embeddings, self.confounds.names).values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON."""
+        coding, score = self.confounds, self.score
+        return {
+            "name": self.name,
+            "task": self.task,
+            "labels": self.labels,
+            "units": self.units,
+            "n": self.n,
+            "participants": self.participants,
+            "penalty": self.penalty,
+            "coefficients": self.coefficients.tolist(),
+            "intercept": self.intercept.tolist(),
+            "confounds": None
+            if coding is None
+            else {
+                "names": list(coding.names),
+                "categories": [list(values) for values in coding.categories],
+                "means": list(coding.means),
+                "missing": list(coding.missing),
+                "coefficients": self.confound_coefficients.tolist(),
+            },
+            "score": None if score is None else {**score.__dict__},
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> ProbeModel:
+        """Return the model of which `to_json` made a document.
+
+        Raises
+        ------
+        ValueError
+            If it is no such document.
+        """
+        try:
+            coding = document["confounds"]
+            outputs = len(document["intercept"])
+            score = document.get("score")
+            model = cls(
+                name=str(document["name"]),
+                task=str(document["task"]),
+                labels=[str(label) for label in document["labels"]],
+                units=document["units"],
+                n=int(document["n"]),
+                participants=int(document["participants"]),
+                coefficients=np.array(document["coefficients"], dtype=np.float64).reshape(-1, outputs),
+                intercept=np.array(document["intercept"], dtype=np.float64),
+                penalty=float(document["penalty"]),
+                confounds=None
+                if coding is None
+                else ConfoundCoding(
+                    tuple(coding["names"]),
+                    tuple(tuple(float(value) for value in values) for values in coding["categories"]),
+                    tuple(float(mean) for mean in coding["means"]),
+                    tuple(bool(missing) for missing in coding["missing"]),
+                ),
+                confound_coefficients=np.array(
+                    [] if coding is None else coding["coefficients"], dtype=np.float64
+                ).reshape(-1, outputs),
+                score=None if score is None else Interval(**score),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is no saved probe: {error!r}; expected what ProbeModel.to_json returns") from error
+        return model
+
+
+def refit(
+    embeddings: Embeddings, target: str, *, task: str | None = None, settings: ProbeSettings | None = None
+) -> ProbeModel:
+    """Fit the probe of one target to everyone who has a value, its penalty chosen as on a training side.
+
+    Parameters
+    ----------
+    target
+        Name of a phenotype, or its alias.
+    task
+        As of `extract.probe.probe`.
+    settings
+        Of which confounds, groups, bins and the seed matter here.
+
+    Raises
+    ------
+    ValueError
+        If the target, a confound or a group is unknown, or the target cannot be fitted.
+    """
+    settings = settings or ProbeSettings()
+    (name,) = target_names(embeddings, [target])
+    check_embeddings(embeddings)
+    all_groups = read_groups(embeddings, settings.groups, settings.kinship)
+    bins = {column: edges for column, edges in settings.bins.items() if target_names(embeddings, [column]) == [name]}
+    (found,) = read_targets(embeddings, [name], {name: task} if task else {}, bins, all_groups.people)
+    if found.reason:
+        raise ValueError(f"{name!r} cannot be fitted: {found.reason}")
+    present = found.present
+    groups = all_groups.rows(present)
+    features, truth = embeddings.features[present].astype(np.float64), found.values[present]
+    confounds = read_confounds(embeddings, settings.confounds).without(name).rows(present)
+    residualiser, coding = None, None
+    if confounds.names:
+        coding = fit_coding(confounds)
+        columns = coding.encode(confounds.values)
+        residualiser = fit_residualiser(features, columns)
+        features = residualiser.apply(features, columns)
+    with threadpool_limits(1 if features.size < 2_000_000 else None, user_api="blas"):
+        if found.labels:
+            codes = truth.astype(np.int64)
+            fit = logistic(features, codes, penalty_folds(groups, codes, np.arange(len(codes)), [settings.seed]))
+        else:
+            outcome = np.log1p(truth) if found.task == "count" else truth
+            fit = ridge(features, outcome[:, None], groups.together)
+    outputs = len(fit.intercept)
+    model = ProbeModel(
+        name=name,
+        task=found.task,
+        labels=found.labels,
+        units=found.units,
+        n=len(truth),
+        participants=int(groups.people.max()) + 1,
+        coefficients=fit.coefficients,
+        intercept=fit.intercept,
+        penalty=float(fit.penalties[0]),
+        confounds=coding,
+        confound_coefficients=np.zeros((0, outputs)),
+    )
+    if residualiser is None:
+        return model
+    beside = residualiser.coefficients @ fit.coefficients
+    return replace(model, confound_coefficients=-beside, intercept=fit.intercept + residualiser.mean @ beside)

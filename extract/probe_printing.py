@@ -1,0 +1,170 @@
+"""What the ``probe`` command prints for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from extract.compare import Difference, Probed
+from extract.embeddings import Embeddings
+from extract.results import Interval, TargetResult
+
+_METRICS = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
+
+_WIDE = 200  # columns
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def print_embeddings(path: Path, embeddings: Embeddings, layer: str | None = None) -> None:
+    """Print one line about what was probed."""
+    weights = (embeddings.attrs.get("weights") or {}).get("name", "unknown")
+    _line(
+        f"{path}: {embeddings.features.shape[0]} scans x {embeddings.features.shape[1]} features, "
+        f"{embeddings.attrs.get('model', 'unknown model')}, {weights} weights"
+        + (f", layer {layer}" if layer else "")
+        + (", simulated data" if embeddings.attrs.get("simulated") else "")
+    )
+
+
+def print_results(results: Sequence[TargetResult]) -> None:
+    """Print a table of all metrics, and one of what else was asked for: confounds, permutations, draws of people."""
+    probed = [result for result in results if result.status == "ok"]
+    table = _table(["target", "task", "n", "metric", "score", "95 % interval", "chance"])
+    for result in probed:
+        who = [escape(result.name), result.task, str(result.n)]
+        for name, found in result.metrics.items():
+            table.add_row(*who, _METRICS.get(name, name), _number(found.score), _ends(found), _number(found.chance))
+            who = ["", "", ""]
+    if probed:
+        _print(table)
+    _print_more(probed)
+
+
+def _print_more(probed: Sequence[TargetResult]) -> None:
+    """Print headline scores against those of the confounds alone, with p values and intervals of the bootstrap."""
+    confounds = any(result.confound_metrics for result in probed)
+    permuted = any(result.p_value is not None for result in probed)
+    drawn = any(result.headline.boot_low is not None for result in probed)
+    if not (confounds or permuted or drawn):
+        return
+    headings = ["target", "metric", "score", *(["bootstrap"] if drawn else []), *(["p"] if permuted else [])]
+    table = _table([*headings, *(["confounds alone", "score minus that"] if confounds else [])])
+    for result in probed:
+        found = result.headline
+        row = [escape(result.name), _METRICS.get(result.metric, result.metric), _number(found.score)]
+        if drawn:
+            row.append("" if found.boot_low is None else f"{_number(found.boot_low)} to {_number(found.boot_high)}")
+        if permuted:
+            row.append("" if result.p_value is None else f"{result.p_value:.2g}")
+        if confounds:
+            alone, gain = result.confound_metrics.get(result.metric), result.gains.get(result.metric)
+            row.append("" if alone is None else _number(alone.score))
+            row.append("" if gain is None else f"{_number(gain.score)} ({_ends(gain)})")
+        table.add_row(*row)
+    _print(table)
+
+
+def print_comparison(probed: Sequence[Probed], found: Sequence[Difference]) -> None:
+    """Print a table of headline scores, one row for each target and embedding, with differences from the first."""
+    by_pair = {(difference.target, difference.name): difference for difference in found}
+    results = [{result.name: result for result in one.results if result.status == "ok"} for one in probed]
+    permuted = any(result.p_value is not None for of in results for result in of.values())
+    headings = ["target", "n", "embeddings", "metric", "score", "95 % interval", "chance"]
+    table = _table([*headings, f"minus {probed[0].name}", *(["p"] if permuted else [])])
+    for target in dict.fromkeys(name for of in results for name in of):
+        who = [escape(target), str(next(of[target].n for of in results if target in of))]
+        for one, of in zip(probed, results, strict=True):
+            if target not in of:
+                continue
+            result = of[target]
+            headline, difference = result.headline, by_pair.get((target, one.name))
+            row = [*who, escape(one.name), _METRICS.get(result.metric, result.metric), _number(headline.score)]
+            row += [_ends(headline), _number(headline.chance)]
+            row.append(
+                "" if difference is None else f"{_number(difference.interval.score)} ({_ends(difference.interval)})"
+            )
+            if permuted:
+                row.append("" if result.p_value is None else f"{result.p_value:.2g}")
+            table.add_row(*row)
+            who = ["", ""]
+    if table.row_count:
+        _print(table)
+    if any(result.confound_metrics or result.headline.boot_low is not None for of in results for result in of.values()):
+        for one, of in zip(probed, results, strict=True):
+            _line(f"{one.name}:")
+            _print_more(list(of.values()))
+
+
+def print_curves(probed: Sequence[Probed]) -> None:
+    """Print learning curves: one row for each target and embedding, one column for each number of people."""
+    curves = [(one.name, curve) for one in probed for curve in one.curves.values()]
+    if not curves:
+        return
+    sizes = sorted({point.people for _, curve in curves for point in curve.points[:-1]})
+    several = len(probed) > 1
+    table = _table(["trained on", *(["embeddings"] if several else []), "metric", *map(str, sizes), "all"])
+    targets = list(dict.fromkeys(curve.target for _, curve in curves))
+    for name, curve in sorted(curves, key=lambda pair: targets.index(pair[1].target)):
+        scores = {point.people: _number(point.interval.score) for point in curve.points[:-1]}
+        row = [escape(curve.target), *([escape(name)] if several else []), _METRICS.get(curve.metric, curve.metric)]
+        last = curve.points[-1]
+        whole = f"{_number(last.interval.score)} ({last.people})"
+        table.add_row(*row, *(scores.get(size, "") for size in sizes), whole)
+    _print(table)
+
+
+def print_skipped(probed: Sequence[Probed]) -> None:
+    """Name on stderr the targets that could not be probed, and the points of curves that are missing."""
+    for one in probed:
+        prefix = f"{one.name}: " if len(probed) > 1 else ""
+        for result in one.results:
+            if result.status == "skipped":
+                warn(f"skipped: {prefix}{result.name}: {result.reason}")
+        for curve in one.curves.values():
+            for size, reason in curve.missing.items():
+                warn(f"no point at {size} people: {prefix}{curve.target}: {reason}")
+
+
+def print_written(what: str, path: Path) -> None:
+    """Print where a file is."""
+    _line(f"{what}: {path}")
+
+
+def warn(text: str) -> None:
+    """Print one line on stderr."""
+    errors.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _print(table: Table) -> None:
+    """Print a table; one that is not read on a terminal may be as wide as it is."""
+    (console if console.is_terminal else Console(width=_WIDE)).print(table, highlight=False)
+
+
+def _line(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(headings: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    left = ("target", "task", "metric", "embeddings", "trained on")
+    for heading in headings:
+        wraps = heading in ("target", "embeddings")
+        justify: Literal["left", "right"] = "left" if heading in left else "right"
+        table.add_column(escape(heading), justify=justify, no_wrap=not wraps, min_width=8 if wraps else None)
+    return table
+
+
+def _ends(interval: Interval) -> str:
+    return f"{_number(interval.low)} to {_number(interval.high)}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}".replace("-0.000", "0.000")

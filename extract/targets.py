@@ -1,0 +1,236 @@
+"""Targets of a probe: which phenotypes, as what task, in which classes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from extract.embeddings import Embeddings
+from extract.folds import class_strata
+from ingest.dictionary import BY_NAME, TASKS, VARIABLES
+
+#: Fewer people than this who have a value: too few to say anything.
+MIN_PARTICIPANTS = 20
+#: People of the smallest class in each test fold, at least; a target with fewer gets fewer folds, down to two.
+MIN_CLASS_PER_FOLD = 2
+
+CLASSIFICATIONS = ("binary", "multiclass")
+_MAX_INFERRED_CODES = 10
+
+
+@dataclass(frozen=True)
+class Target:
+    """A phenotype to probe.
+
+    Attributes
+    ----------
+    values
+        float64, (scan,), NaN where missing; codes 0 ... classes-1 of a classification.
+    labels
+        Names of the classes; empty for regressions.
+    note
+        What was done to the values, in words.
+    reason
+        Why it cannot be probed; empty if it can.
+    """
+
+    name: str
+    task: str
+    values: np.ndarray
+    labels: list[str] = field(default_factory=list)
+    units: str | None = None
+    note: str = ""
+    reason: str = ""
+
+    @property
+    def present(self) -> np.ndarray:
+        """(scan,) whether there is a value."""
+        return ~np.isnan(self.values)
+
+
+def target_names(embeddings: Embeddings, targets: Sequence[str] | None = None) -> list[str]:
+    """Return the columns of the targets: those named, or all that are no confounds, the study's variables first.
+
+    Raises
+    ------
+    ValueError
+        If one is not there, is named twice, or there is none at all.
+    """
+    columns = [str(name) for name in embeddings.phenotypes.columns]
+    if targets is None:
+        order = {variable.name: place for place, variable in enumerate(VARIABLES)}
+        known = {column: BY_NAME[column.lower()].name for column in columns if column.lower() in BY_NAME}
+        columns.sort(key=lambda column: order.get(known.get(column, ""), len(order)))
+        names = [c for c in columns if not embeddings.variables.get(c, {}).get("confound")]
+        if not names:
+            raise ValueError(
+                "the embeddings have no phenotype to probe; ingest the scans with --phenotypes FILE and extract again"
+                + (f", or name a confound: {', '.join(columns)}" if columns else "")
+            )
+        return names
+    names = [column_of(embeddings, target) for target in targets]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"targets {list(targets)!r}: expected one or more, each once")
+    return names
+
+
+def column_of(embeddings: Embeddings, name: str, beside: Sequence[str] = ()) -> str:
+    """Return the column that `name` or a variable's other name stands for.
+
+    Raises
+    ------
+    ValueError
+        If there is none; `beside` are further names to choose from.
+    """
+    columns = [str(column) for column in embeddings.phenotypes.columns]
+    if name in columns:
+        return name
+    variable = BY_NAME.get(name.lower())
+    same = [c for c in columns if variable is not None and BY_NAME.get(c.lower()) is variable]
+    if len(same) != 1:
+        there = ", ".join([*columns, *beside])
+        raise ValueError(f"no phenotype {name!r} in the embeddings; there are: {there or 'none'}")
+    return same[0]
+
+
+def infer_task(values: np.ndarray, labels: object = None) -> str:
+    """Guess the task of a variable of which nothing is said.
+
+    Two different values are ``binary``. Up to ten different whole numbers are ``multiclass`` if the variable has
+    labels, else ``count`` if none is negative. All else is ``continuous``.
+
+    Parameters
+    ----------
+    values
+        float64, without NaN.
+    labels
+        Of the codes; None or empty if there are none.
+    """
+    distinct = np.unique(values)
+    if len(distinct) == 2:
+        return "binary"
+    if 2 < len(distinct) <= _MAX_INFERRED_CODES and np.all(distinct == np.round(distinct)):
+        if labels:
+            return "multiclass"
+        if distinct[0] >= 0:
+            return "count"
+    return "continuous"
+
+
+def known_task(embeddings: Embeddings, column: str) -> str:
+    """Return the task that the store gives for a variable, else the one that is inferred."""
+    attrs = embeddings.variables.get(column, {})
+    values = embeddings.phenotypes[column].to_numpy(np.float64)
+    return attrs.get("task") or infer_task(values[~np.isnan(values)], attrs.get("labels"))
+
+
+def read_targets(
+    embeddings: Embeddings,
+    names: Sequence[str],
+    tasks: Mapping[str, str],
+    bins: Mapping[str, int | tuple[float, ...]],
+    people: np.ndarray,
+) -> list[Target]:
+    """Return the targets with their tasks: as asked, else by `known_task`; those in bins become classes.
+
+    Parameters
+    ----------
+    names
+        Columns.
+    tasks, bins
+        By name or alias, of some of them; see `extract.probe_settings.ProbeSettings`.
+    people
+        int, (scan,).
+
+    Raises
+    ------
+    ValueError
+        If a task is unknown, or a task or bins are given for what is no target.
+    """
+    asked = {column_of(embeddings, name): task for name, task in tasks.items()}
+    binned = {column_of(embeddings, name): edges for name, edges in bins.items()}
+    for what, columns in (("a task is", asked), ("bins are", binned)):
+        for column in columns:
+            if column not in names:
+                raise ValueError(f"{what} given for {column!r}, which is not among the targets: {', '.join(names)}")
+    return [_read_target(embeddings, name, asked.get(name), binned.get(name), people) for name in names]
+
+
+def _read_target(
+    embeddings: Embeddings, name: str, asked: str | None, bins: int | tuple[float, ...] | None, people: np.ndarray
+) -> Target:
+    attrs = embeddings.variables.get(name, {})
+    values = embeddings.phenotypes[name].to_numpy(np.float64)
+    present = ~np.isnan(values)
+    known = attrs.get("labels") or {}
+    units, note = attrs.get("units"), ""
+    if bins is not None and present.any():
+        values, known, note = _bin(values, bins, people)
+        if len(known) < 2:
+            return Target(name, asked or "multiclass", values, units=units, reason=f"{note}: one class only")
+    if bins is not None:
+        task = asked or ("binary" if len(known) == 2 else "multiclass")
+    else:
+        task = asked or known_task(embeddings, name)
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} of {name!r} is unknown; expected one of {', '.join(TASKS)}")
+    reason = _unfit(values[present], task, len(np.unique(people[present])))
+    if reason or task not in CLASSIFICATIONS:
+        return Target(name, task, values, units=units, note=note, reason=reason)
+    found, codes = np.unique(values[present], return_inverse=True)
+    labels = [str(known.get(f"{code:g}", f"{code:g}")) for code in found]
+    values = values.copy()
+    values[present] = codes
+    who = np.unique(people[present], return_inverse=True)[1]
+    sizes = np.bincount(class_strata(codes, who), minlength=len(labels))
+    if sizes.min() < 2 * MIN_CLASS_PER_FOLD:
+        reason = (
+            f"class {labels[int(sizes.argmin())]!r} has {sizes.min()} participants, at least "
+            f"{2 * MIN_CLASS_PER_FOLD} are needed"
+        )
+    return Target(name, task, values, labels, units, note, reason)
+
+
+def _bin(
+    values: np.ndarray, bins: int | tuple[float, ...], people: np.ndarray
+) -> tuple[np.ndarray, dict[str, str], str]:
+    """Return codes of classes, NaN where missing, their labels and a note.
+
+    Quantiles are those of people (the mean of each one's scans), over all of them: edges define the classes, as a
+    dictionary would, and are no part of a model. Edges that coincide are one.
+    """
+    present = ~np.isnan(values)
+    if isinstance(bins, int):
+        who = np.unique(people[present], return_inverse=True)[1]
+        means = np.bincount(who, weights=values[present]) / np.bincount(who)
+        quantiles = np.quantile(means, np.arange(1, bins) / bins)
+        edges = np.unique([float(f"{edge:.4g}") for edge in quantiles])  # as they are named
+        kind = f"{bins} quantile classes of all people"
+    else:
+        edges, kind = np.array(bins, dtype=np.float64), "classes"
+    codes = np.where(present, np.searchsorted(edges, values, side="right"), np.nan)
+    ends = [f"{edge:.10g}" for edge in edges]
+    names = [f"<{ends[0]}", *(f"{a}-{b}" for a, b in itertools.pairwise(ends)), f">={ends[-1]}"]
+    labels = {str(code): name for code, name in enumerate(names) if np.any(codes == code)}
+    return codes, labels, f"{kind} with edges at {', '.join(ends)}"
+
+
+def _unfit(values: np.ndarray, task: str, participants: int) -> str:
+    """Return why values cannot be probed, or nothing."""
+    if not len(values):
+        return "every value is missing"
+    if not np.isfinite(values).all():
+        return f"{int((~np.isfinite(values)).sum())} values are infinite"
+    distinct = len(np.unique(values))
+    if distinct == 1:
+        return f"constant: every value is {values[0]:g}"
+    if task == "binary" and distinct > 2:
+        return f"{distinct} different values are not binary; name another task"
+    if task == "count" and values.min() < 0:
+        return f"the smallest value, {values.min():g}, is no count; name another task"
+    if participants < MIN_PARTICIPANTS:
+        return f"{participants} participants have a value, at least {MIN_PARTICIPANTS} are needed"
+    return ""

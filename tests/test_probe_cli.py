@@ -1,0 +1,208 @@
+"""The probe command with several embeddings, curves, confounds, and models that are saved and applied."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from embedded import make_cohort
+
+from extract.apply import load_probe
+from extract.compare import align, differences, probe_all
+from extract.embeddings import open_embeddings, write_embeddings
+from extract.model import refit
+from extract.probe_cli import main
+from extract.probe_settings import ProbeSettings
+
+LAYERS = [{"name": "layer3", "features": 30, "start": 0}, {"name": "avgpool", "features": 10, "start": 30}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Return a folder with two embeddings of the same people, of which the second lacks a scan and knows nothing."""
+    folder = tmp_path_factory.mktemp("emb")
+    cohort = make_cohort()
+    cohort = replace(cohort, attrs={**cohort.attrs, "layers": LAYERS, "store": {"path": "/home/jane/t1.zarr"}})
+    write_embeddings(folder / "2d.h5", cohort)
+    scans = cohort.scans.assign(session=["2"] * 100 + ["3"] * 20)
+    write_embeddings(folder / "2d.h5", replace(cohort, scans=scans))
+    noise = np.random.default_rng(5).normal(size=(119, 8)).astype(np.float32)
+    fewer = replace(cohort, features=noise, scans=scans[:119], phenotypes=cohort.phenotypes[:119])
+    write_embeddings(folder / "noise.zarr", replace(fewer, attrs={**cohort.attrs, "layers": None}))
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Return a function that runs the command in that folder; it returns exit code, stdout and stderr."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["probe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+def test_several_embeddings_are_compared(run, folder):
+    code, out, err = run("2d.h5", "noise.zarr", "--targets", "sex,age", "--repeats", 1, "--json")
+    assert code == 0
+    assert err == "warning: 1 of the 120 scans of 2d are left out, for other embeddings lack them\n"
+    document = json.loads(out)
+    named = {name: open_embeddings(folder / file) for name, file in (("2d", "2d.h5"), ("noise", "noise.zarr"))}
+    probed = probe_all(align(named)[0], ["gender", "age"], settings=ProbeSettings(repeats=1))
+    assert [one["name"] for one in document["embeddings"]] == ["2d", "noise"]
+    assert [one["file"] for one in document["embeddings"]] == ["2d.h5", "noise.zarr"]
+    for one, expected in zip(document["embeddings"], probed, strict=True):
+        assert one["targets"] == json.loads(json.dumps(expected.to_json()))
+    assert document["targets"] == document["embeddings"][0]["targets"]
+    assert document["differences"] == [difference.to_json() for difference in differences(probed)]
+    assert {row["n"] for row in document["targets"]} == {119, 109}
+
+
+def test_a_comparison_is_one_table(run):
+    code, out, _ = run("2d.h5", "noise.zarr", "--targets", "sex,age", "--repeats", 1, "--permutations", 5)
+    assert code == 0
+    lines = [line for line in out.splitlines() if re.search(r"\d\.\d{3} to", line)]
+    assert len(lines) == 4
+    assert all("gender" in line or "age" in line for line in lines[::2])
+    assert all("noise" in line and line.count(" to ") == 2 for line in lines[1::2])  # its interval, the difference's
+    assert "minus 2d" in out
+
+
+def test_layers_of_one_file_are_compared(run):
+    code, out, _ = run("2d.h5", "--layer", "layer3,avgpool", "--targets", "age", "--repeats", 1, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert [(one["name"], one["features"]) for one in document["embeddings"]] == [("2d layer3", 30), ("2d avgpool", 10)]
+    code, out, _ = run("2d.h5", "--layer", "avgpool", "--targets", "age", "--repeats", 1, "--json")
+    assert (json.loads(out)["embeddings"], json.loads(out)["features"], code) == ("2d.h5", 10, 0)
+    code, _, err = run("2d.h5", "--layer", "layer9")
+    assert code == 1
+    assert "layer9" in err
+
+
+def test_confounds_groups_bins_and_draws_reach_the_results(run, folder):
+    families = [f"9{person:06d},{person // 2}" for person in range(100)]
+    (folder / "families.csv").write_text("\n".join(["participant,family", *families]))
+    code, out, _ = run(
+        "2d.h5", "--targets", "age", "--bins", "age=3", "--confounds", "site,sex", "--groups", "families.csv",
+        "--folds", 2, "--repeats", 1, "--permutations", 4, "--bootstrap", 10, "--json",
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 0
+    (age,) = document["targets"]
+    assert len(age["labels"]) == 3
+    assert set(age["confounds"]) == {"site", "gender"}
+    assert age["gains"]["auc"]["score"] is not None
+    assert age["permutations"] == 4
+    assert "boot_low" in age["metrics"]["auc"]
+    assert (document["groups"], document["bins"]) == ("families.csv", {"age": 3})
+    assert document["confounds"] == ["site", "sex"]
+    edges = json.loads(run("2d.h5", "--targets", "age", "--bins", "age=60,", "--repeats", 1, "--json")[1])
+    assert edges["targets"][0]["labels"] == ["<60", ">=60"]
+    code, out, _ = run("2d.h5", "--targets", "age", "--confounds", "site", "--repeats", 1)
+    assert "confounds alone" in out
+
+
+@pytest.mark.parametrize(("arguments", "sizes"), [(["--curve"], [50, 80]), (["--curve", "20,30"], [20, 30, 80])])
+def test_curves_have_default_sizes_or_those_asked_for(run, arguments, sizes):
+    code, out, _ = run(*arguments, "2d.h5", "--targets", "age", "--repeats", 1, "--json")
+    assert code == 0
+    curve = json.loads(out)["targets"][0]["curve"]
+    assert [point["train_participants"] for point in curve] == sizes
+    _, out, _ = run("2d.h5", "--targets", "age", "--repeats", 1, *arguments)
+    assert "trained on" in out
+    assert f"({sizes[-1]})" in out
+
+
+def test_points_that_cannot_be_had_are_named(run):
+    code, _, err = run("2d.h5", "--targets", "age", "--repeats", 1, "--curve", "20,5000")
+    assert code == 0
+    assert err == "no point at 5000 people: age: 80 people can be trained on in each fold\n"
+
+
+def test_models_are_saved_and_applied(run, folder):
+    code, out, _ = run("2d.h5", "--targets", "sex,age", "--repeats", 1, "--confounds", "site", "--save", "new/m.json")
+    assert code == 0
+    assert out.splitlines()[-1] == "models: new/m.json"
+    embeddings = open_embeddings(folder / "2d.h5")
+    code, out, err = run("apply", "new/m.json", "2d.h5", "new/p.csv", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "predictions": "new/p.csv",
+        "scans": 120,
+        "targets": ["gender", "age"],
+        "simulated": True,
+    }
+    predictions = pd.read_csv(folder / "new" / "p.csv")
+    expected = refit(embeddings, "age", settings=ProbeSettings(repeats=1, confounds=("site",)))
+    np.testing.assert_allclose(predictions["age"], expected.predict_embeddings(embeddings), rtol=1e-12)
+    assert set(predictions["gender"]) == {"female", "male"}
+    _, out, _ = run("apply", "new/m.json", "2d.h5", "new/p.parquet")
+    assert out == "predictions: new/p.parquet: 120 scans x 2 targets (gender, age), simulated data\n"
+    document = json.loads(run("2d.h5", "--targets", "age", "--repeats", 1, "--save", "b.json", "--json")[1])
+    (model,) = load_probe(folder / "b.json").models
+    assert document["save"] == "b.json"
+    assert round(model.score.score, 4) == document["targets"][0]["score"]
+
+
+def test_a_saved_layer_is_the_one_applied_to(run, folder):
+    assert run("2d.h5", "--targets", "age", "--repeats", 1, "--layer", "avgpool", "--save", "l.json")[0] == 0
+    assert run("apply", "l.json", "2d.h5", "l.csv")[0] == 0
+    model = load_probe(folder / "l.json").models[0]
+    expected = model.predict(open_embeddings(folder / "2d.h5", "avgpool").features)
+    np.testing.assert_allclose(pd.read_csv(folder / "l.csv")["age"], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["2d.h5", "2d.h5"], 2, ["named twice"]),
+        (["2d.h5", "noise.zarr", "--save", "m.json"], 2, ["models are saved of one"]),
+        (["2d.h5", "--save", "m.pkl"], 1, [".pkl", ".json"]),
+        (["2d.h5", "--curve=5,5"], 2, ["10 people or more"]),
+        (["2d.h5", "--curve=many"], 2, ["100,500,1000"]),
+        (["2d.h5", "--bins", "age=x"], 2, ["age=55,65"]),
+        (["2d.h5", "--bins", "age"], 2, ["NAME=N"]),
+        (["2d.h5", "--confounds", "height"], 1, ["height"]),
+        (["2d.h5", "--groups", "kin.csv"], 1, ["kin.csv"]),
+        (["apply", "none.json", "2d.h5", "p.csv"], 1, ["no saved probe at none.json"]),
+        (["apply", "2d.h5", "2d.h5", "p.csv"], 1, ["2d.h5 is no saved probe"]),
+        (["apply", "none.json", "2d.h5", "p.txt"], 1, [".csv, .parquet"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused(run, arguments, code, words):
+    stopped, out, err = run(*arguments)
+    assert (stopped, out) == (code, ""), err
+    assert all(word in " ".join(err.split()) for word in words), err
+    if code == 1:
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_another_encoder_is_refused_in_one_line(run, folder):
+    assert run("2d.h5", "--targets", "age", "--repeats", 1, "--save", "e.json")[0] == 0
+    code, out, err = run("apply", "e.json", "noise.zarr", "e.csv")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: the embeddings are not of the encoder")
+    assert "layers unknown instead of" in err
+    assert not (folder / "e.csv").exists()
+
+
+def test_help_names_both_commands(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "run" in out
+    assert "apply" in out
+    code, out, err = run()
+    assert code != 1
+    assert "apply" in out + err

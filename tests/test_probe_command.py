@@ -1,0 +1,131 @@
+"""The probe command: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embedded import make_cohort
+
+from extract.embeddings import Embeddings, write_embeddings
+from extract.probe import probe
+from extract.probe_cli import main
+from extract.probe_settings import ProbeSettings
+
+
+@pytest.fixture(scope="module")
+def cohort() -> Embeddings:
+    return make_cohort()
+
+
+def run_probe(*arguments: object) -> subprocess.CompletedProcess:
+    program = "import sys; from extract.probe_cli import main; sys.argv[0] = 'probe'; main()"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "160"})
+
+
+@pytest.fixture(scope="module", params=[".zarr", ".h5"])
+def path(request, cohort, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("emb") / f"emb{request.param}"
+    write_embeddings(path, cohort)
+    return path
+
+
+def test_command_prints_a_json_document(path, cohort):
+    done = run_probe(path, "--targets", "sex,age", "--task", "age=ordinal", "--repeats", 1, "--seed", 3, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    found = probe(cohort, ["sex", "age"], tasks={"age": "ordinal"}, settings=ProbeSettings(repeats=1, seed=3))
+    assert (
+        document.items()
+        >= {
+            "embeddings": path.name,
+            "simulated": True,
+            "model": "resnet18",
+            "weights": {"name": "random", "sha256": "0" * 64},
+            "folds": 5,
+            "repeats": 1,
+            "seed": 3,
+            "targets": json.loads(json.dumps([result.to_json() for result in found])),
+            "report": None,
+        }.items()
+    )
+    assert {"name", "task", "n", "metric", "score", "low", "high", "chance"} <= set(document["targets"][0])
+
+
+def test_command_prints_a_table_and_what_was_skipped(cohort, tmp_path):
+    phenotypes = cohort.phenotypes.assign(empty=np.nan)[["gender", "age", "empty"]]
+    write_embeddings(tmp_path / "emb.h5", replace(cohort, phenotypes=phenotypes))
+    done = run_probe(tmp_path / "emb.h5", "--repeats", 1)
+    assert done.returncode == 0  # nobody asked for the empty one by name
+    assert "simulated data" in done.stdout
+    assert "random weights" in done.stdout
+    lines = done.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("age"))
+    assert all(word in lines[first] for word in ("continuous", "110", " r ", " to "))
+    assert " R2 " in lines[first + 1]
+    assert " MAE " in lines[first + 2]
+    assert done.stderr.strip() == "skipped: empty: every value is missing"
+
+
+def test_command_fails_if_a_named_target_was_skipped(cohort, tmp_path):
+    attrs = {**cohort.attrs, "simulated": False}
+    phenotypes = cohort.phenotypes.assign(empty=np.nan)
+    write_embeddings(tmp_path / "emb.h5", replace(cohort, phenotypes=phenotypes, attrs=attrs))
+    done = run_probe(tmp_path / "emb.h5", "--targets", "gender, empty", "--repeats", 1)
+    assert done.returncode == 1
+    assert "gender" in done.stdout
+    assert "simulated" not in done.stdout
+
+
+def test_command_writes_a_report_into_a_new_folder(cohort, tmp_path):
+    write_embeddings(tmp_path / "emb.h5", cohort)
+    report = tmp_path / "new" / "report.html"
+    done = run_probe(tmp_path / "emb.h5", "--targets", "sex", "--repeats", 1, "--report", report)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"report: {report}"
+    assert "gender" in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--targets", "height"], 1, ["height", "smoking"]),
+        (["--targets", "age", "--task", "age=linear"], 1, ["linear", "continuous"]),
+        (["--task", "age"], 2, ["NAME=KIND"]),
+        (["--store", "x.zarr"], 2, ["--report"]),
+        (["--folds", "1"], 2, ["2"]),
+    ],
+)
+def test_command_refuses_what_it_cannot_do(cohort, tmp_path, monkeypatch, capsys, arguments, code, words):
+    write_embeddings(tmp_path / "emb.h5", cohort)
+    monkeypatch.setattr(sys, "argv", ["probe", str(tmp_path / "emb.h5"), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (code, "")
+    assert all(word in err for word in words)
+    if code == 1:
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_command_names_a_missing_file(tmp_path):
+    missing = run_probe(tmp_path / "none.h5")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: no embeddings at")
+    assert len(missing.stderr.splitlines()) == 1
+
+
+def test_command_names_what_is_no_embedding_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "emb.csv").write_text("1,2\n")
+    monkeypatch.setattr(sys, "argv", ["probe", str(tmp_path / "emb.csv")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert ".zarr, .h5" in capsys.readouterr().err

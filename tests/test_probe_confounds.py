@@ -1,0 +1,180 @@
+"""Confounds: removed within the folds, scored beside the features, and coded by what the training side knows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from embedded import make_cohort, make_embeddings
+from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+
+from extract.confounds import ConfoundValues, fit_coding, fit_residualiser, read_confounds
+from extract.probe import probe
+from extract.probe_settings import ProbeSettings
+from extract.scores import pearson
+
+
+def confounded(seed: int = 0, n: int = 200):
+    """Return embeddings whose features know age and nothing else, of which an outcome and a class depend."""
+    rng = np.random.default_rng(seed)
+    age = rng.uniform(45, 80, n)
+    features = rng.normal(size=(n, 20)) + (age[:, None] - 62) / 10 * (np.arange(20) < 8)
+    outcome = (age - 62) / 10 + 0.5 * rng.normal(size=n)
+    return make_embeddings(
+        features,
+        {"age": age, "outcome": outcome, "ill": outcome + 0.3 * rng.normal(size=n) > 0},
+        variables={"ill": {"task": "binary"}},
+    )
+
+
+def test_what_features_know_through_a_confound_goes_with_it():
+    embeddings = confounded()
+    plain = probe(embeddings, ["outcome", "ill"], settings=ProbeSettings(repeats=2))
+    found = probe(embeddings, ["outcome", "ill"], settings=ProbeSettings(repeats=2, confounds=("age",)))
+    for with_age, without in zip(plain, found, strict=True):
+        chance = without.headline.chance
+        assert with_age.headline.low > chance + 0.2
+        assert with_age.confound_metrics == with_age.gains == {}
+        assert without.confounds == ["age"]
+        assert "age removed" in without.method
+        assert without.headline.holds_chance
+        assert without.confound_metrics[without.metric].low > chance + 0.2
+        assert without.gains[without.metric].high < 0
+        assert without.gains[without.metric].score == pytest.approx(
+            without.headline.score - without.confound_metrics[without.metric].score
+        )
+
+
+def test_what_features_know_beside_a_confound_stays():
+    rng = np.random.default_rng(0)
+    sex, own = rng.integers(0, 2, 200), rng.normal(size=200)
+    features = rng.normal(size=(200, 10)) + np.column_stack([sex, own]) @ rng.normal(size=(2, 10))
+    embeddings = make_embeddings(features, {"sex": sex, "y": own + sex}, variables={"sex": {"task": "binary"}})
+    (found,) = probe(embeddings, ["y"], settings=ProbeSettings(repeats=2, confounds=("gender",)))
+    assert found.confounds == ["sex"]  # by its other name
+    assert found.headline.low > 0.5
+    assert found.gains["r"].low > 0
+
+
+def test_scores_are_those_of_a_slow_reference():
+    embeddings = confounded(3, 36)
+    settings = ProbeSettings(repeats=1, folds=3, confounds=("age",))
+    (found,) = probe(embeddings, ["outcome"], settings=settings)
+    age, y = (embeddings.phenotypes[name].to_numpy() for name in ("age", "outcome"))
+    features, fold_of = embeddings.features.astype(float), found.out_of_fold.fold
+    scores = {"features": [], "age": []}
+    for fold in range(3):
+        train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+        explained = LinearRegression().fit(age[train, None], features[train])
+        columns = {"features": features - explained.predict(age[:, None]), "age": age[:, None]}
+        for name, x in columns.items():
+            standard = StandardScaler().fit(x[train]).transform(x)
+            errors = []
+            candidates = np.logspace(5, -5, 21) * x.shape[1]
+            for penalty in candidates:
+                left_out = []
+                for i in train:
+                    others = train[train != i]
+                    left_out.append(y[i] - Ridge(alpha=penalty).fit(standard[others], y[others]).predict(standard[[i]]))
+                errors.append(np.mean(np.square(left_out)))
+            model = Ridge(alpha=candidates[np.argmin(errors)]).fit(standard[train], y[train])
+            scores[name].append(pearson(y[test], model.predict(standard[test])))
+    np.testing.assert_allclose(found.fold_scores["r"], scores["features"], atol=1e-8)
+    assert found.confound_metrics["r"].score == pytest.approx(np.mean(scores["age"]), abs=1e-8)
+
+
+def test_removing_before_the_folds_is_not_removing_within_them():
+    # A column of confounds for every five scans: fitted to everyone they take part of the test scans' noise.
+    rng = np.random.default_rng(0)
+    table = {f"c{i}": rng.normal(size=60) for i in range(12)}
+    y = sum(table.values()) + rng.normal(size=60)
+    features = np.column_stack(list(table.values())) + 0.5 * rng.normal(size=(60, 12))
+    embeddings = make_embeddings(features, table | {"y": y})
+    (within,) = probe(embeddings, ["y"], settings=ProbeSettings(repeats=2, confounds=tuple(table)))
+    columns = np.column_stack(list(table.values()))
+    before = fit_residualiser(features, columns).apply(features, columns)
+    (naive,) = probe(make_embeddings(before, {"y": y}), settings=ProbeSettings(repeats=2))
+    assert within.fold_scores["r"].shape == naive.fold_scores["r"].shape
+    assert np.abs(within.fold_scores["r"] - naive.fold_scores["r"]).max() > 0.01
+    assert naive.headline.score < within.headline.score - 0.05  # below chance: the test scans were fitted away
+
+
+def test_a_target_is_no_confound_of_itself():
+    settings = ProbeSettings(repeats=1, confounds=("age", "sex"))
+    found = {result.name: result for result in probe(make_cohort(), ["age", "gender", "smoking"], settings=settings)}
+    assert {name: result.confounds for name, result in found.items()} == {
+        "age": ["gender"],
+        "gender": ["age"],
+        "smoking": ["age", "gender"],
+    }
+    only = probe(make_cohort(), ["age"], settings=ProbeSettings(repeats=1, confounds=("age",)))[0]
+    assert (only.confounds, only.confound_metrics) == ([], {})
+    assert only.metrics == probe(make_cohort(), ["age"], settings=ProbeSettings(repeats=1))[0].metrics
+
+
+def test_columns_are_those_of_the_training_side():
+    values = np.array([[1.0, 10.0], [2.0, np.nan], [1.0, 30.0], [2.0, 20.0]])
+    coding = fit_coding(ConfoundValues(("site", "age"), (True, False), values))
+    np.testing.assert_array_equal(coding.encode(values), [[1, 0, 10, 0], [0, 1, 20, 1], [1, 0, 30, 0], [0, 1, 20, 0]])
+    # A site that training has not seen is in none of its columns; a missing site neither.
+    np.testing.assert_array_equal(
+        coding.encode(np.array([[3.0, 5.0], [np.nan, np.nan]])), [[0, 0, 5, 0], [0, 0, 20, 1]]
+    )
+
+
+def test_a_feature_that_confounds_explain_whole_says_nothing_more():
+    rng = np.random.default_rng(0)
+    columns = rng.normal(size=(50, 2))
+    features = np.column_stack([columns @ [1.0, 2.0], rng.normal(size=50)]).astype(np.float32).astype(float)
+    residualiser = fit_residualiser(features, columns)
+    assert residualiser.left.tolist() == [False, True]
+    rest = residualiser.apply(features, columns)
+    assert not rest[:, 0].any()
+    np.testing.assert_allclose(
+        np.linalg.lstsq(np.column_stack([columns, np.ones(50)]), rest[:, 1])[0][:2], 0, atol=1e-12
+    )
+
+
+def test_sites_that_only_one_side_has_are_allowed():
+    rng = np.random.default_rng(0)
+    site = np.repeat(np.arange(20), 3)  # with five folds some have sites that no training scan has
+    embeddings = make_embeddings(
+        rng.normal(size=(60, 5)), {"site": site, "y": rng.normal(size=60)}, variables={"site": {"task": "multiclass"}}
+    )
+    found = probe(embeddings, ["y"], settings=ProbeSettings(repeats=1, groups="site", confounds=("site",)))[0]
+    assert found.status == "skipped"
+    assert found.reason == "20 columns of confounds are too many for 48 scans to train on; name fewer"
+    embeddings.phenotypes["site"] = site // 2
+    found = probe(embeddings, ["y"], settings=ProbeSettings(repeats=1, groups="site", confounds=("site",)))[0]
+    assert found.status == "ok"
+    assert np.isfinite(found.confound_metrics["r"].score)
+
+
+def test_brain_volume_is_that_of_the_brain_in_any_space():
+    voxels, scale = np.array([1.2e6, 1.3e6, 1.4e6]), np.array([1.2, 1.3, np.nan])
+    scans = {"brain_voxels": voxels, "head_scale": scale}
+    native = make_embeddings(np.zeros((3, 1)), {}, scans=scans)
+    mni = make_embeddings(np.zeros((3, 1)), {}, scans=scans, space="MNI152")
+    np.testing.assert_array_equal(read_confounds(native, ["brain_volume"]).values[:, 0], voxels)
+    np.testing.assert_allclose(read_confounds(mni, ["brain_volume"]).values[:, 0], [1e6, 1e6, np.nan])
+    np.testing.assert_array_equal(read_confounds(mni, ["head_scale"]).values[:, 0], scale)
+    assert read_confounds(mni, ["head_scale"]).without("head_size").names == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["height"], ["height", "gender", "brain_volume", "head_scale"]),
+        (["sex", "gender"], ["gender", "twice"]),
+        (["empty"], ["empty", "missing in every scan"]),
+        (["endless"], ["endless", "infinite in 1 scans"]),
+        (["brain_volume"], ["brain_volume", "MNI152", "head_scale"]),
+    ],
+)
+def test_confounds_that_cannot_be_used_are_refused(names, words):
+    table = {"gender": [0, 1, 1], "empty": [np.nan] * 3, "endless": [1, 2, np.inf]}
+    scans = {"brain_voxels": np.ones(3), "head_scale": np.full(3, np.nan)}
+    embeddings = make_embeddings(np.zeros((3, 1)), table, scans=scans, space="MNI152")
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        read_confounds(embeddings, names)
+    assert all(word in str(caught.value) for word in words)

@@ -1,0 +1,209 @@
+"""Groups that are never split: families, pairs of relatives, sites; classes of numbers; fewer people to train on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from embedded import make_cohort, make_embeddings
+
+from extract.groups import read_groups
+from extract.probe import probe
+from extract.probe_settings import ProbeSettings
+from extract.scores import paired_interval
+
+KIN = """ID1 ID2 HetHet IBS0 Kinship
+9000000 9000001 0.02 0.01 0.25
+9000001 9000002 0.02 0.01 0.10
+9000003 9000004 0.02 0.01 0.05
+9000005 9000006 0.02 0.01 0.02
+9000007 1111111 0.02 0.01 0.25
+"""
+
+
+def people_of(count: int = 10, **phenotypes):
+    return make_embeddings(np.zeros((count, 1)), phenotypes or {"y": np.zeros(count)})
+
+
+@pytest.mark.parametrize(("kinship", "families"), [(0.0442, [3, 2]), (0.09, [3]), (0.01, [3, 2, 2]), (0.3, [])])
+def test_relatives_are_connected_components(tmp_path, kinship, families):
+    (tmp_path / "ukb_rel.dat").write_text(KIN)
+    groups = read_groups(people_of(), tmp_path / "ukb_rel.dat", kinship)
+    sizes = np.bincount(groups.together)
+    assert sorted(sizes[sizes > 1], reverse=True) == families
+    assert len(set(groups.together[:3])) == 1 or not families
+    assert "ukb_rel.dat" in groups.note
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["participant,group\n9000000,a b\n9000004,a b\n9000002,c\n", "eid\tfamily\n9000000\t1\n9000004\t1\n"],
+)
+def test_families_by_number(tmp_path, text):
+    (tmp_path / "families.txt").write_text(text)
+    together = read_groups(people_of(), str(tmp_path / "families.txt"), 0.0442).together
+    assert together[0] == together[4]
+    assert len(set(together)) == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["cannot be read"]),
+        ("a,b\n1,2\n", ["a, b", "participant and group", "ID1"]),
+        ("participant,group\n1,2\n", ["none of the people", "'1'", "9000000"]),
+        ("ID1 ID2\n1 2\n", ["none of the people"]),
+        ("ID1 ID2 Kinship\n9000000 9000001 close\n", ["row 2", "close"]),
+        ("participant,group\n" + "".join(f"900000{i},1\n" for i in range(10)), ["everybody is in one group"]),
+    ],
+)
+def test_tables_that_are_none_are_refused(tmp_path, text, words):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        read_groups(people_of(), tmp_path / "table.csv", 0.0442)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_groups_may_be_a_phenotype():
+    embeddings = people_of(site=np.array([1, 1, 1, 2, 2, 2, 3, 3, np.nan, np.nan]))
+    groups = read_groups(embeddings, "site", 0.0442)
+    assert len(set(groups.together)) == 5  # three sites, and two people alone
+    assert len(set(groups.units)) == 10
+    with pytest.raises(ValueError, match=r"'nothing' are neither a file nor a phenotype.*site"):
+        read_groups(embeddings, "nothing", 0.0442)
+    scans = embeddings.scans.assign(participant=["9", *embeddings.scans["participant"][1:6], "9", "7", "6", "5"])
+    moved = read_groups(replace(embeddings, scans=scans), "site", 0.0442)  # one person at sites 1 and 3
+    assert moved.together[0] == moved.together[6] == moved.together[7] != moved.together[3]
+
+
+@pytest.mark.parametrize("task", ["binary", "continuous"])
+def test_families_are_never_split_and_what_they_share_does_not_score(tmp_path, task):
+    rng = np.random.default_rng(0)
+    family = np.repeat(np.arange(40), 3)
+    pairs = [f"9{a:06d} 9{a + 1:06d} 0.25" for a in range(120) if a % 3 < 2]
+    (tmp_path / "kin.dat").write_text("ID1 ID2 Kinship\n" + "\n".join(pairs) + "\n")
+    features = rng.normal(size=(40, 60))[family] + 0.1 * rng.normal(size=(120, 60))
+    label = rng.permutation(np.arange(40) % 2)[family] if task == "binary" else rng.normal(size=40)[family]
+    embeddings = make_embeddings(features, {"y": label}, variables={"y": {"task": task}})
+    (split,) = probe(embeddings, settings=ProbeSettings(repeats=2))
+    (whole,) = probe(embeddings, settings=ProbeSettings(repeats=2, groups=tmp_path / "kin.dat"))
+    assert split.headline.score > 0.85
+    assert whole.headline.holds_chance
+    assert pd.Series(whole.out_of_fold.fold).groupby(family).nunique().max() == 1
+    assert "families of 80 related pairs in kin.dat" in whole.method
+
+
+def test_identity_of_60_people_with_4_scans_does_not_score():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    rng = np.random.default_rng(1)
+    people = np.repeat(np.arange(60), 4)
+    features = rng.normal(size=(60, 64))[people] + 0.1 * rng.normal(size=(240, 64))
+    label = rng.permutation(np.arange(60) % 2)[people]
+    rows = cross_val_score(
+        LogisticRegression(max_iter=1000), features, label, cv=StratifiedKFold(5, shuffle=True), scoring="roc_auc"
+    )
+    assert rows.mean() > 0.9
+    settings = ProbeSettings(permutations=99, bootstrap=200)
+    (found,) = probe(make_embeddings(features, {"x": label}, people=people), settings=settings)
+    assert found.headline.holds_chance
+    assert found.headline.boot_low < 0.5 < found.headline.boot_high
+    assert found.p_value > 0.05
+
+
+def test_sites_are_folds_and_repeats_that_would_be_the_same_are_not_made():
+    rng = np.random.default_rng(0)
+    site = rng.integers(0, 4, 120)
+    features = rng.normal(size=(120, 10))
+    embeddings = make_embeddings(
+        features, {"site": site, "y": features[:, 0], "sex": features[:, 1] + rng.normal(size=120) > 0}
+    )
+    for found in probe(embeddings, ["y", "sex"], settings=ProbeSettings(groups="site")):
+        assert "4 folds of groups x 1 repeats; kept together: 4 groups by site" in found.method
+        assert pd.Series(found.out_of_fold.fold).groupby(site).nunique().max() == 1
+        assert found.headline.low > found.headline.chance
+
+
+def test_of_two_sites_each_is_tested_once():
+    rng = np.random.default_rng(0)
+    site, features = np.arange(80) % 2, rng.normal(size=(80, 6))
+    table = {"site": site, "y": features[:, 0] + rng.normal(size=80), "sex": features[:, 1] > 0}
+    for found in probe(make_embeddings(features, table), ["y", "sex"], settings=ProbeSettings(groups="site")):
+        assert "2 folds of groups x 1 repeats" in found.method
+        assert found.headline.score > found.headline.chance + 0.2
+
+
+# ---- classes of numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bins", "labels"),
+    [((55, 65), ["<55", "55-65", ">=65"]), ((62.5,), ["<62.5", ">=62.5"]), (4, None)],
+)
+def test_numbers_become_classes(bins, labels):
+    embeddings = make_cohort()
+    (found,) = probe(embeddings, ["age"], settings=ProbeSettings(repeats=1, bins={"age": bins}))
+    assert (found.metric, found.task) == ("auc", "binary" if bins == (62.5,) else "multiclass")
+    assert found.headline.low > 0.5
+    age = embeddings.phenotypes["age"].dropna().to_numpy()
+    if labels:
+        assert found.labels == labels
+        np.testing.assert_array_equal(found.out_of_fold.truth, np.digitize(age, bins))
+    else:
+        assert len(found.labels) == 4
+        people = embeddings.scans["participant"][embeddings.phenotypes["age"].notna()]
+        counts = np.bincount(found.out_of_fold.truth[~people.duplicated().to_numpy()])
+        assert np.ptp(counts) <= 3
+    assert "edges at" in found.method
+
+
+def test_classes_of_numbers_may_be_ordinal():
+    settings = ProbeSettings(repeats=1, bins={"age": 4})
+    (found,) = probe(make_cohort(), ["age"], tasks={"age": "ordinal"}, settings=settings)
+    assert (found.metric, sorted(set(found.out_of_fold.truth))) == ("r", [0, 1, 2, 3])
+
+
+def test_bins_that_hold_everybody_are_skipped_and_those_of_no_target_refused():
+    (found,) = probe(make_cohort(), ["age"], settings=ProbeSettings(bins={"age": (200,)}))
+    assert (found.status, "one class only" in found.reason) == ("skipped", True)
+    with pytest.raises(ValueError, match=r"bins are given for 'age', which is not among the targets: gender"):
+        probe(make_cohort(), ["sex"], settings=ProbeSettings(bins={"age": 2}))
+
+
+# ---- fewer people to train on, and embeddings compared ---------------------------------------------------------------
+
+
+def test_fewer_people_are_trained_on_and_the_same_are_tested():
+    cohort = make_cohort()
+    names = ["gender", "age", "smoking"]
+    whole = probe(cohort, names, settings=ProbeSettings(repeats=2))
+    part = probe(cohort, names, settings=ProbeSettings(repeats=2, train_people=30))
+    for all_people, some in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(all_people.out_of_fold.fold, some.out_of_fold.fold)
+        assert some.train_participants == 30 < all_people.train_participants
+        assert some.headline.score < all_people.headline.score
+        assert some.test_to_train == all_people.test_to_train
+    same = probe(cohort, ["gender"], settings=ProbeSettings(repeats=2, train_people=80))[0]
+    assert same.metrics == whole[0].metrics
+    many = probe(cohort, ["gender"], settings=ProbeSettings(train_people=81))[0]
+    assert (many.status, many.reason) == (
+        "skipped",
+        "the smallest training side has 80 people, fewer than the 81 to train on",
+    )
+
+
+def test_embeddings_are_compared_fold_by_fold():
+    cohort = make_cohort()
+    worse = replace(cohort, features=cohort.features + np.float32(3) * np.random.default_rng(0).normal(size=(120, 40)))
+    good, bad = (probe(one, ["sex"], settings=ProbeSettings(repeats=2))[0] for one in (cohort, worse))
+    found = paired_interval(good, bad, "auc")
+    assert found.score == pytest.approx(good.headline.score - bad.headline.score)
+    assert (found.chance, found.low > 0) == (0, True)
+    other = probe(cohort, ["sex"], settings=ProbeSettings(repeats=2, seed=1))[0]
+    with pytest.raises(ValueError, match="other folds"):
+        paired_interval(good, other, "auc")
+    with pytest.raises(ValueError, match="'r' is not among"):
+        paired_interval(good, bad, "r")

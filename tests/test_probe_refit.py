@@ -1,0 +1,75 @@
+"""Models fitted to everyone: linear in raw features and confounds, saved and read back whole."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from embedded import make_cohort, make_embeddings
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+
+from extract.confounds import fit_coding, fit_residualiser, read_confounds
+from extract.model import ProbeModel, refit
+from extract.probe_settings import ProbeSettings
+
+
+@pytest.mark.parametrize("confounds", [(), ("age", "site")])
+@pytest.mark.parametrize("target", ["gender", "smoking", "something"])
+def test_the_model_is_that_of_its_parts(target, confounds):
+    cohort = make_cohort()
+    model = refit(cohort, target, settings=ProbeSettings(confounds=confounds))
+    features = cohort.features.astype(float)
+    if confounds:
+        measured = read_confounds(cohort, confounds)
+        columns = fit_coding(measured).encode(measured.values)
+        features = fit_residualiser(features, columns).apply(features, columns)
+    standard = StandardScaler().fit_transform(features)
+    y = cohort.phenotypes[target].to_numpy()
+    if target == "something":
+        expected = Ridge(alpha=model.penalty).fit(standard, y).predict(standard)
+    else:
+        fitted = LogisticRegression(C=1 / model.penalty, tol=1e-8, max_iter=5000).fit(standard, y)
+        expected = fitted.predict_proba(standard)
+    np.testing.assert_allclose(model.predict_embeddings(cohort), expected, atol=2e-4)
+    assert (model.n, model.participants) == (120, 100)
+    assert (model.confounds is None) == (not confounds)
+
+
+@pytest.mark.parametrize("target", ["age", "gender", "smoking"])
+def test_a_model_survives_being_written(target):
+    cohort = make_cohort()
+    model = refit(cohort, target, settings=ProbeSettings(confounds=("site", "age")))
+    again = ProbeModel.from_json(json.loads(json.dumps(model.to_json())))
+    np.testing.assert_array_equal(again.predict_embeddings(cohort), model.predict_embeddings(cohort))
+    assert again.to_json() == model.to_json()
+
+
+def test_counts_and_classes_of_numbers_come_in_their_own_units():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 5))
+    counts = np.round(np.exp(1 + 0.5 * features[:, 0]))
+    embeddings = make_embeddings(features, {"n": counts}, variables={"n": {"task": "count"}})
+    predicted = refit(embeddings, "n").predict_embeddings(embeddings)
+    assert predicted.min() >= 0
+    assert np.corrcoef(predicted, counts)[0, 1] > 0.9
+    binned = refit(embeddings, "n", settings=ProbeSettings(bins={"n": (2, 4)}))
+    assert binned.labels == ["<2", "2-4", ">=4"]
+    np.testing.assert_allclose(binned.predict_embeddings(embeddings).sum(axis=1), 1)
+
+
+def test_what_cannot_be_fitted_or_applied_is_refused():
+    cohort = make_cohort()
+    empty = make_embeddings(cohort.features, {"y": np.full(120, np.nan)})
+    with pytest.raises(ValueError, match="'y' cannot be fitted: every value is missing"):
+        refit(empty, "y")
+    model = refit(cohort, "sex", settings=ProbeSettings(confounds=("age",)))
+    with pytest.raises(ValueError, match=r"\(120, 39\).*\(scan, 40\)"):
+        model.predict(cohort.features[:, 1:])
+    with pytest.raises(ValueError, match="needs the confounds age"):
+        model.predict(cohort.features)
+    with pytest.raises(ValueError, match="no phenotype 'age'"):
+        model.predict_embeddings(empty)
+    with pytest.raises(ValueError, match="no saved probe"):
+        ProbeModel.from_json({"name": "sex"})
