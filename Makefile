@@ -21,7 +21,8 @@ demo: $(INSTALLED)
 	$(BIN)/probe $(DEMO)/embeddings.zarr --report $(DEMO)/report.html
 
 test: lint
-	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+	@# One thread each for torch: the tests run side by side, and OpenMP's threads spin while they wait for one another.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -79,17 +79,22 @@ def save_probe(path: Path, embeddings: Embeddings, models: Sequence[ProbeModel],
 
     Raises
     ------
+    ValueError
+        If there is no model, or one would be refused by `load_probe`.
     StoreError
         If the file cannot be written, or its name has another ending.
     """
     check_model_suffix(path)
+    features, simulated = int(embeddings.features.shape[1]), bool(embeddings.attrs.get("simulated"))
+    saved = SavedProbe(list(models), encoder_of(embeddings.attrs), layer, features, simulated)
+    _check_models(saved)
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "simulated": bool(embeddings.attrs.get("simulated")),
-        "features": int(embeddings.features.shape[1]),
-        "layer": layer,
-        "encoder": encoder_of(embeddings.attrs),
+        "simulated": saved.simulated,
+        "features": saved.features,
+        "layer": saved.layer,
+        "encoder": saved.encoder,
         "models": [model.to_json() for model in models],
         "created_by": package_versions("numpy", "scipy"),
     }
@@ -174,6 +179,11 @@ def apply_probe(saved: SavedProbe, embeddings: Embeddings) -> pd.DataFrame:
     return pd.DataFrame(dict(columns))
 
 
+def confound_warnings(saved: SavedProbe, embeddings: Embeddings) -> list[str]:
+    """Return what is unknown of the confounds that the models take, each once: scans without, strange categories."""
+    return list(dict.fromkeys(warning for model in saved.models for warning in model.warnings(embeddings)))
+
+
 def check_encoder(saved: SavedProbe, embeddings: Embeddings) -> None:
     """Raise ValueError if embeddings were made in another way than those that the models were fitted to."""
     ours, theirs = _flat(saved.encoder), _flat(encoder_of(embeddings.attrs))
@@ -245,6 +255,11 @@ def _check_models(saved: SavedProbe) -> None:
             if not np.isfinite(coded).all():
                 raise ValueError(f"a mean of the confounds of {model.name} is no finite number")
             columns = coded.shape[1]
+            for name, codes, labels in zip(
+                model.confounds.names, model.confounds.categories, model.confounds.labels, strict=True
+            ):
+                if len(set(labels)) < len(codes) or len(labels) != len(codes):
+                    raise ValueError(f"{model.name}: {len(codes)} categories of {name} have {len(set(labels))} labels")
         if model.confound_coefficients.shape != (columns, outputs):
             raise ValueError(
                 f"{model.name} has coefficients of confounds of shape {model.confound_coefficients.shape}, expected "

@@ -13,7 +13,7 @@ import pandas as pd
 
 from extract.blocks import Finished, read_block, read_finished, remove_parts, same_scans
 from extract.embeddings import read_features, write_file
-from extract.formats import Tables
+from extract.tables import Tables
 from ingest.errors import StoreError
 from ingest.store import VolumeStore
 
@@ -50,8 +50,8 @@ def assemble(
         reason = next(iter(skipped.values()))
         raise ValueError(f"none of the {len(wanted)} scans of {volumes.path} can be read; the first: {reason}")
     attrs |= {"skipped": [{"row": row, "reason": reason} for row, reason in skipped.items()]}
-    if had is not None and not len(finished.scans):  # the features are as they were made
-        attrs |= {key: had.tables.attrs[key] for key in ("backend", "created_by") if key in had.tables.attrs}
+    if had is not None and (old >= 0).any():
+        attrs |= _kept_provenance(had.tables.attrs, attrs, grown=bool((new >= 0).any()))
     tables = Tables(
         scans=wanted[there].reset_index(drop=True),
         phenotypes=volumes.phenotypes.iloc[rows].reset_index(drop=True),
@@ -62,6 +62,16 @@ def assemble(
     if had is None or len(finished.scans) or not _is_same(had.tables, tables):
         write_file(out, tables, (len(rows), features.width), features)
     return tables, features.width, skipped
+
+
+def _kept_provenance(had: dict[str, Any], now: dict[str, Any], *, grown: bool) -> dict[str, Any]:
+    """Return what a file still says of its making: who began it, and who has added features last, if others did."""
+    kept: dict[str, Any] = {key: had[key] for key in ("created_by", "updated_by") if key in had}
+    if grown and kept.get("created_by") != now["created_by"]:
+        kept["updated_by"] = now["created_by"]
+    if not grown and "backend" in had:
+        kept["backend"] = had["backend"]
+    return kept
 
 
 def _is_same(had: Tables, now: Tables) -> bool:

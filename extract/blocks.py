@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from extract.formats import DAMAGE
 from ingest.errors import StoreError
 
 _BATCHES, _SCANS = 8, 512  # of a block, at most: what a kill may cost, and what GPUs can share
@@ -54,9 +54,15 @@ def parts_path(out: Path) -> Path:
     return out.with_name(out.name + ".parts")
 
 
-def scans_per_block(batch_size: int) -> int:
-    """Return how many scans make a block: whole batches, so that a run that goes on has the same batches."""
-    return batch_size * max(1, min(_BATCHES, _SCANS // batch_size))
+def scans_per_block(batch_size: int, share: int = _SCANS) -> int:
+    """Return how many scans make a block: whole batches, so that a run that goes on has the same batches.
+
+    Parameters
+    ----------
+    share
+        Scans of each process: a block has no more, or one batch, so that all of them have work.
+    """
+    return batch_size * max(1, min(_BATCHES, _SCANS // batch_size, share // batch_size))
 
 
 def read_settings(parts: Path) -> dict[str, Any] | None:
@@ -119,7 +125,13 @@ def write_block(
 
 
 def read_finished(parts: Path) -> Finished:
-    """Read which scans are finished. Blocks that cannot be read are removed: their scans will be embedded again."""
+    """Read which scans are finished. Damaged blocks are removed: their scans will be embedded again.
+
+    Raises
+    ------
+    OSError
+        If the system does not give what a block holds; that says nothing about the block, which stays.
+    """
     tables: list[pd.DataFrame] = []
     skipped: dict[int, str] = {}
     last = -1
@@ -130,7 +142,9 @@ def read_finished(parts: Path) -> Finished:
                 names = [name for name in block.files if name.startswith(_SCANS_PREFIX)]
                 columns = {name.removeprefix(_SCANS_PREFIX): block[name] for name in names}
                 reasons = dict(zip(block["skipped"].tolist(), block["reasons"].tolist(), strict=True))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except MemoryError:
+            raise
+        except DAMAGE:
             file.unlink()
             continue
         table = pd.DataFrame({name: _plain(values) for name, values in columns.items()})
@@ -150,7 +164,7 @@ def read_block(parts: Path, number: int) -> np.ndarray:
     try:
         with open(path, "rb") as content, np.load(content, allow_pickle=False) as block:
             features: np.ndarray = block["features"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise StoreError(f"{path} cannot be read: {error}; remove that file and run the same command again") from None
     return features
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from extract.distributed import join_group
-from extract.embeddings import check_suffix
+from extract.embeddings import check_suffix, local_path
 from extract.encoder import Encoder, build_encoder
 from extract.fast import CompileWarning
 from extract.resume import ExtractSummary, extract_to
@@ -37,7 +37,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def extract_command(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A store made by ingest, or s3://bucket/store.zarr")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Embeddings to write: .zarr, .h5, .parquet or .npz")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Embeddings to write: .zarr, .h5, .parquet or .npz")],
     model: Annotated[
         str, typer.Option(help="A ResNet of torchvision (2D: resnet18, ...) or video network (3D: r3d_18, s3d, ...).")
     ] = "resnet18",
@@ -52,23 +52,26 @@ def extract_command(
     ] = None,
     pooling: Annotated[str, typer.Option(help="mean, max or both, over positions and slices.")] = "mean",
     view: Annotated[View | None, typer.Option(help="Slices of a 2D model.", show_default="triplanar")] = None,
-    slices: Annotated[int, typer.Option(min=1, help="Slices per plane.")] = 3,
+    slices: Annotated[int, typer.Option(min=1, help="Slices per plane, of a 2D model.")] = 3,
     crop: Annotated[str | None, typer.Option(help="Z,Y,X: the central part of each volume.")] = None,
     size: Annotated[str | None, typer.Option(help="Resize each picture to N, H,W or Z,Y,X.")] = None,
     scale: Annotated[float, typer.Option(help="Or by a factor, e.g. 0.5 for half resolution.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, dali or torch.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile, slow to start.")] = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Scans at a time.", show_default="by free memory")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, whatever it was made from.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, if it is embeddings of any kind.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Embed every scan of a store with a frozen network."""
-    check_suffix(out)
+    path = local_path(out)
+    check_suffix(path)
     with join_group() as group:
         with group.first_here(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", CompileWarning)
@@ -89,11 +92,11 @@ def extract_command(
                 progress.update(bar, completed=timing.scans, busy=timing.busy)
 
             summary = extract_to(
-                out, store, encoder, backend=backend, batch_size=batch_size, overwrite=overwrite, group=group,
+                path, store, encoder, backend=backend, batch_size=batch_size, overwrite=overwrite, group=group,
                 on_plan=lambda scans: progress.update(bar, total=scans), on_batch=show,
             )  # fmt: skip
     if summary is not None:
-        _print_summary(out, encoder, summary, as_json=as_json)
+        _print_summary(path, encoder, summary, as_json=as_json)
         if summary.skipped:
             raise typer.Exit(1)
 

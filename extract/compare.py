@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from extract.confounds import read_confounds
 from extract.curves import LearningCurve, curve_sizes, learning_curves
 from extract.embeddings import Embeddings
 from extract.probe import probe
@@ -169,7 +170,8 @@ def probe_all(
     Parameters
     ----------
     named
-        Name -> embeddings, with the same scans if there are several (`align`).
+        Name -> embeddings, with the same scans if there are several (`align`). Confounds are the first's: a volume of
+        the brain depends on the space that the scans are in.
     targets, tasks, settings
         See `extract.probe.probe`.
     curve
@@ -180,10 +182,11 @@ def probe_all(
         Called with how often `on_target` will be called at most, and again when the sizes of the curves are known.
     """
     settings = settings or ProbeSettings()
+    confounds = read_confounds(next(iter(named.values())), settings.confounds, tasks)
     if on_plan:
         on_plan(len(named) * len(targets))
     results = {
-        name: probe(embeddings, targets, tasks=tasks, settings=settings, on_target=on_target)
+        name: probe(embeddings, targets, tasks=tasks, settings=settings, confounds=confounds, on_target=on_target)
         for name, embeddings in named.items()
     }
     curves: dict[str, dict[str, LearningCurve]] = {}
@@ -193,8 +196,9 @@ def probe_all(
             on_plan(len(named) * len(targets) * (1 + len(sizes)))
         for name, embeddings in named.items():
             curves[name] = learning_curves(
-                embeddings, results[name], sizes, tasks=tasks, settings=settings, on_target=on_target
-            )
+                embeddings, results[name], sizes, tasks=tasks, settings=settings, confounds=confounds,
+                on_target=on_target,
+            )  # fmt: skip
     return [Probed(name, named[name], results[name], curves.get(name, {})) for name in named]
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from extract.embeddings import Embeddings
-from extract.targets import column_of
-from ingest.dictionary import BY_NAME
+from extract.targets import CLASSIFICATIONS, MAX_CODES, by_column, column_of, label_names
+from ingest.dictionary import BY_NAME, TASKS
 
 #: What the store knows of each scan's head, beside the phenotypes.
 SCAN_CONFOUNDS = ("brain_volume", "head_scale")
 
 _ROUNDING = 1e-6  # of a feature's spread: what is left below it is float32's rounding
+_DEPENDENT = 1e-10  # of the largest singular value: columns below it depend on others, but for float64's rounding
+_UNSEEN = np.inf  # a category that training has not seen; no confound is infinite
+_NAMED = 5  # categories in a warning
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,18 @@ class ConfoundValues:
         Whether each has categories rather than numbers.
     values
         float64, (scan, confound), NaN where missing.
+    labels
+        Of the codes of each: code -> label; empty if none has any.
     """
 
     names: tuple[str, ...]
     categorical: tuple[bool, ...]
     values: np.ndarray
+    labels: tuple[Mapping[str, str], ...] = ()
 
     def rows(self, chosen: np.ndarray) -> ConfoundValues:
         """Return those of some scans, by rows or a mask."""
-        return ConfoundValues(self.names, self.categorical, self.values[chosen])
+        return replace(self, values=self.values[chosen])
 
     def without(self, target: str) -> ConfoundValues:
         """Return all but the target itself, which would explain itself; `head_scale` is UK Biobank's head size."""
@@ -45,7 +51,10 @@ class ConfoundValues:
         same = {target, "head_scale"} if variable is not None and variable.name == "head_size" else {target}
         kept = [i for i, name in enumerate(self.names) if name not in same]
         return ConfoundValues(
-            tuple(self.names[i] for i in kept), tuple(self.categorical[i] for i in kept), self.values[:, kept]
+            tuple(self.names[i] for i in kept),
+            tuple(self.categorical[i] for i in kept),
+            self.values[:, kept],
+            tuple(self.labels[i] for i in kept) if self.labels else (),
         )
 
 
@@ -60,6 +69,8 @@ class ConfoundCoding:
     categories
         Of each confound those seen in training, each of which is a column of 0 and 1; none for a number. A scan of
         another category has 0 in all.
+    labels
+        Names of the categories, each once: codes of the same text differ from file to file.
     means
         Of the training scans, for missing numbers; 0 for categories.
     missing
@@ -68,6 +79,7 @@ class ConfoundCoding:
 
     names: tuple[str, ...]
     categories: tuple[tuple[float, ...], ...]
+    labels: tuple[tuple[str, ...], ...]
     means: tuple[float, ...]
     missing: tuple[bool, ...]
 
@@ -108,50 +120,119 @@ class Residualiser:
         return np.where(self.left, features - (columns - self.mean) @ self.coefficients, 0)
 
 
-def read_confounds(embeddings: Embeddings, names: Sequence[str]) -> ConfoundValues:
+def read_confounds(
+    embeddings: Embeddings, names: Sequence[str], tasks: Mapping[str, str] | None = None
+) -> ConfoundValues:
     """Read confounds by name or alias.
 
     ``brain_volume`` is the number of non-zero voxels in mm3; in MNI152 space, where every brain has the template's
     size, divided by ``head_scale``, which gives the size back. It is a brain's volume where the skull was stripped.
     ``head_scale`` is the volumetric scaling from the head to MNI152. Phenotypes of these names come first. What has
-    labels, or the task ``binary`` or ``multiclass``, has categories; all else is a number.
+    labels, or the task ``binary`` or ``multiclass``, has categories; all else is a number. `tasks`, by name or alias of
+    some of them, overrides that.
 
     Raises
     ------
     ValueError
         If one is unknown, named twice, infinite, or missing in every scan.
     """
-    found: dict[str, tuple[bool, np.ndarray]] = {}
+    asked = by_column(embeddings, tasks, [str(column) for column in embeddings.phenotypes.columns])
+    found: dict[str, tuple[bool, np.ndarray, Mapping[str, str]]] = {}
     for name in names:
         column, categorical = name, False
+        labels: Mapping[str, str] = {}
         if name in SCAN_CONFOUNDS and name not in embeddings.phenotypes:
             values = _scan_confound(embeddings, name)
         else:
             column = column_of(embeddings, name, beside=SCAN_CONFOUNDS)
             attrs = embeddings.variables.get(column, {})
-            categorical = bool(attrs.get("labels")) or attrs.get("task") in ("binary", "multiclass")
+            labels = attrs.get("labels") or {}
+            categorical = bool(labels) or attrs.get("task") in CLASSIFICATIONS
+            if column in asked:
+                if asked[column] not in TASKS:
+                    raise ValueError(
+                        f"task {asked[column]!r} of {name!r} is unknown; expected one of {', '.join(TASKS)}"
+                    )
+                categorical = asked[column] in CLASSIFICATIONS
             values = embeddings.phenotypes[column].to_numpy(np.float64)
         if column in found:
             raise ValueError(f"the confound {column!r} is named twice; name it once")
         if np.isnan(values).all():
-            raise ValueError(f"the confound {name!r} is missing in every scan; leave it out")
+            raise ValueError(f"the confound {name!r} is missing in every scan; add its values, or probe without it")
         if np.isinf(values).any():
             raise ValueError(f"the confound {name!r} is infinite in {int(np.isinf(values).sum())} scans; correct it")
-        found[column] = (categorical, values)
-    values = np.column_stack([v for _, v in found.values()]) if found else np.zeros((len(embeddings.scans), 0))
-    return ConfoundValues(tuple(found), tuple(categorical for categorical, _ in found.values()), values)
+        found[column] = (categorical, values, labels)
+    if not found:
+        return ConfoundValues((), (), np.zeros((len(embeddings.scans), 0)))
+    kinds, columns, labels_of = zip(*found.values(), strict=True)
+    return ConfoundValues(tuple(found), kinds, np.column_stack(columns), labels_of)
+
+
+def number_warnings(embeddings: Embeddings, confounds: ConfoundValues, tasks: Mapping[str, str]) -> list[str]:
+    """Name the confounds that are taken as numbers and look like codes, of which nothing is said."""
+    asked = by_column(embeddings, tasks, confounds.names)
+    warnings = []
+    for name, categorical, values in zip(confounds.names, confounds.categorical, confounds.values.T, strict=True):
+        known = name in asked or name not in embeddings.phenotypes or embeddings.variables.get(name, {}).get("task")
+        distinct = np.unique(values[~np.isnan(values)])
+        if not known and not categorical and 2 < len(distinct) <= MAX_CODES and np.all(distinct % 1 == 0):
+            warnings.append(
+                f"the confound {name} has {len(distinct)} different whole numbers and is taken as a number; if they "
+                f"are codes, add --task {name}=multiclass, else --task {name}=continuous"
+            )
+    return warnings
 
 
 def fit_coding(confounds: ConfoundValues) -> ConfoundCoding:
     """Learn categories, means and what is missing from training scans."""
     categories: list[tuple[float, ...]] = []
+    labels: list[tuple[str, ...]] = []
     means: list[float] = []
     for i, categorical in enumerate(confounds.categorical):
         present = confounds.values[~np.isnan(confounds.values[:, i]), i]
         categories.append(tuple(np.unique(present).tolist()) if categorical else ())
+        labels.append(tuple(label_names(categories[-1], confounds.labels[i] if confounds.labels else None)))
         means.append(float(present.mean()) if len(present) and not categorical else 0.0)
     missing = tuple(np.isnan(confounds.values).any(axis=0).tolist())
-    return ConfoundCoding(confounds.names, tuple(categories), tuple(means), missing)
+    return ConfoundCoding(confounds.names, tuple(categories), tuple(labels), tuple(means), missing)
+
+
+def match_confounds(coding: ConfoundCoding, confounds: ConfoundValues) -> tuple[np.ndarray, list[str]]:
+    """Translate the confounds of another file into the codes of a coding, by their labels.
+
+    Returns
+    -------
+    values : numpy.ndarray
+        float64, (scan, confound), for `ConfoundCoding.encode`.
+    warnings : list of str
+        How many scans lack a confound, or have a category that training has not seen.
+    """
+    values, warnings = confounds.values.copy(), []
+    scans = len(values)
+    for i, name in enumerate(coding.names):
+        present = ~np.isnan(values[:, i])
+        if not present.all():
+            warnings.append(
+                f"{scans - int(present.sum())} of {scans} scans lack the confound {name}; the mean of those that the "
+                "probe was fitted to is taken"
+            )
+        own = confounds.labels[i]
+        if not coding.categories[i]:
+            if own:
+                warnings.append(f"{name} is a number in the probe and has labels here; its codes are taken")
+            continue
+        code_of = dict(zip(coding.labels[i], coding.categories[i], strict=True))
+        codes, place = np.unique(values[present, i], return_inverse=True)
+        names = label_names(codes, own)
+        values[present, i] = np.array([code_of.get(label, _UNSEEN) for label in names])[place]
+        strange = [label for label in names if label not in code_of]
+        if strange:
+            more = f" and {len(strange) - _NAMED} more" if len(strange) > _NAMED else ""
+            warnings.append(
+                f"{int(np.isinf(values[:, i]).sum())} of {scans} scans have a {name} that the probe was not fitted to "
+                f"({', '.join(map(repr, strange[:_NAMED]))}{more}); it is taken as none of those known"
+            )
+    return values, warnings
 
 
 def fit_residualiser(features: np.ndarray, columns: np.ndarray) -> Residualiser:
@@ -164,7 +245,7 @@ def fit_residualiser(features: np.ndarray, columns: np.ndarray) -> Residualiser:
     spread = centred.std(axis=0)
     scale = np.where(spread > 0, spread, np.inf)
     around = features - features.mean(axis=0)
-    coefficients = np.linalg.pinv(centred / scale) @ around / scale[:, None]
+    coefficients = np.linalg.pinv(centred / scale, rtol=_DEPENDENT) @ around / scale[:, None]
     rest = around - centred @ coefficients
     left = np.sqrt(np.mean(rest**2, axis=0)) > _ROUNDING * np.sqrt(np.mean(around**2, axis=0))
     return Residualiser(mean, coefficients, left)
@@ -183,7 +264,7 @@ def _scan_confound(embeddings: Embeddings, name: str) -> np.ndarray:
         if np.isnan(head_scale).all():
             raise ValueError(
                 "the confound 'brain_volume' is not known: the scans are in MNI152 space, where all brains have the "
-                "template's size, and none has a head_scale; leave it out, or name head_size if the phenotypes have it"
+                "template's size, and none has a head_scale; probe without it, or with head_size if there is one"
             )
         values = values / head_scale
     return values * float(grid.get("voxel_mm") or 1) ** 3

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from extract.confounds import ConfoundValues, read_confounds
 from extract.embeddings import Embeddings
 from extract.probe import probe
 from extract.probe_settings import ProbeSettings
 from extract.results import Interval, TargetResult
+from extract.targets import by_column
 
 #: Sizes that are measured unless others are asked for: this one, twice as many, and so on, below everyone.
 FIRST_SIZE = 50
@@ -93,6 +95,7 @@ def learning_curves(
     *,
     tasks: Mapping[str, str] | None = None,
     settings: ProbeSettings | None = None,
+    confounds: ConfoundValues | None = None,
     on_target: Callable[[TargetResult], None] | None = None,
 ) -> dict[str, LearningCurve]:
     """Probe again with fewer people to learn from.
@@ -100,7 +103,8 @@ def learning_curves(
     The folds are those of the whole probe, so every size is tested on the same people. Who is trained on with fewer
     is among those of more, is another draw in each fold of each repeat, and is spread over classes and values like all
     of them (`extract.probe_settings.ProbeSettings.train_people`). The penalty is chosen anew at each size. Intervals
-    are those of the whole probe, with the dependence that the smaller training sets bring.
+    are corrected for the dependence of folds as those of the whole probe are: by scans tested over scans that could be
+    trained on.
 
     Parameters
     ----------
@@ -108,7 +112,7 @@ def learning_curves(
         Of the whole probe, with the same settings: the last point of each curve.
     sizes
         People to train on in each fold, of `curve_sizes`. A target that has fewer lacks the point.
-    tasks, settings
+    tasks, settings, confounds
         Of the whole probe. Permutations and draws of people are left out: they say nothing of a curve.
     on_target
         Called with each target at each size.
@@ -119,6 +123,7 @@ def learning_curves(
         Name of each target that was probed -> its curve.
     """
     settings = replace(settings or ProbeSettings(), permutations=0, bootstrap=0)
+    confounds = confounds or read_confounds(embeddings, settings.confounds, tasks)
     probed = {result.name: result for result in results if result.status == "ok"}
     points: dict[str, list[CurvePoint]] = {name: [] for name in probed}
     missing: dict[str, dict[int, str]] = {name: {} for name in probed}
@@ -130,9 +135,16 @@ def learning_curves(
                 missing[name][size] = f"{most} people can be trained on in each fold"
         if not enough:
             continue
-        asked = {name: task for name, task in (tasks or {}).items() if name in enough}
-        at_size = replace(settings, train_people=size)
-        for result in probe(embeddings, enough, tasks=asked, settings=at_size, on_target=on_target):
+        at_size = replace(settings, train_people=size, bins=by_column(embeddings, settings.bins, enough))
+        found = probe(
+            embeddings,
+            enough,
+            tasks=by_column(embeddings, tasks, [*enough, *confounds.names]),
+            settings=at_size,
+            confounds=confounds,
+            on_target=on_target,
+        )
+        for result in found:
             if result.status == "ok":
                 points[result.name].append(CurvePoint(result.train_participants, result.headline))
             else:

@@ -36,7 +36,7 @@ class Group:
     local_rank: int = 0
 
     def device(self, device: str) -> str:
-        """Return the device of this process, each of which has a GPU of its own.
+        """Return the device of this process, each of which has a GPU of its own, and make that the current one.
 
         Raises
         ------
@@ -50,6 +50,7 @@ class Group:
                 f"process {self.local_rank} of this machine has no GPU of its own, for there are "
                 f"{torch.cuda.device_count()}; use --nproc-per-node {torch.cuda.device_count()}, or --device cpu"
             )
+        torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
     @contextlib.contextmanager

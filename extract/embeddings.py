@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import glob
+import itertools
 import os
+import re
 import shutil
 import uuid
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from extract.formats import KINDS, Features, Tables, flat_names
+from extract.formats import DAMAGE, KINDS
+from extract.tables import Features, Tables, flat_names
 from ingest.errors import StoreError
 from ingest.store import check_format
 
@@ -126,15 +126,15 @@ def open_embeddings(path: str | Path, layer: str | None = None) -> Embeddings:
     StoreError
         If it is no embedding file, of an unknown version, damaged, or has no such layer.
     """
-    path = Path(path)
+    path = local_path(path)
     tables = read_tables(path)
     blocks = read_features(path)
     first = next(blocks)
     features = np.empty((len(tables.scans), first.shape[1]), np.float32)
-    features[: len(first)] = first
-    start = len(first)
-    for block in blocks:
-        features[start : start + len(block)] = block
+    start = 0
+    for block in itertools.chain([first], blocks):
+        if start + len(block) <= len(features):
+            features[start : start + len(block)] = block
         start += len(block)
     if start != len(features):
         raise StoreError(f"{path} has features of {start} scans and a table of {len(features)}; extract them again")
@@ -146,78 +146,163 @@ def read_tables(path: Path) -> Tables:
     """Read all but the features of an embedding file; errors are those of `open_embeddings`."""
     if not path.exists():
         raise FileNotFoundError(f"no embeddings at {path}; make them with: extract STORE {path}")
-    check_suffix(path)
-    try:
-        tables = KINDS[path.suffix].read_tables(path)
-    except _DAMAGE as error:
-        raise _damaged(path, error) from None
+    tables = _read_any_tables(path)
     check_format(tables.attrs, path, name=FORMAT, known=FORMAT_VERSION)
+    try:
+        _check_tables(tables)
+    except ValueError as error:
+        raise _damaged(path, error) from None
     order = {name: place for place, name in enumerate(("row", *SCAN_COLUMNS))}
     columns = sorted(tables.scans.columns, key=lambda name: order.get(name, len(order)))  # zarr and HDF5 know no order
     scans = tables.scans[columns]
     return replace(tables, scans=scans, phenotypes=tables.phenotypes.reindex(range(len(scans))))
 
 
+def _read_any_tables(path: Path) -> Tables:
+    """Read the tables of a file that may be somebody else's."""
+    check_suffix(path)
+    try:
+        tables = KINDS[path.suffix].read_tables(path)
+        if not (isinstance(tables.attrs, dict) and isinstance(tables.variables, dict)):
+            raise ValueError("its attributes are no JSON objects")
+    except (OSError, *DAMAGE) as error:
+        raise _damaged(path, error) from None
+    return tables
+
+
+def _check_tables(tables: Tables) -> None:
+    scans, phenotypes = tables.scans, tables.phenotypes
+    for name in ("row", "participant"):
+        if name not in scans:
+            raise ValueError(f"it has no column scans/{name}")
+    if scans["row"].dtype.kind not in "iu":
+        raise ValueError(f"scans/row is {scans['row'].dtype}, expected whole numbers")
+    if len(phenotypes.columns) and len(phenotypes) != len(scans):
+        raise ValueError(f"it has phenotypes of {len(phenotypes)} scans and a table of {len(scans)}")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise StoreError if there is something at `path` that is no embedding file: it is never replaced."""
+    if not path.exists():
+        return
+    try:
+        found = _read_any_tables(path).attrs.get("format")
+        reason = "" if found == FORMAT else f"its format is {found!r}"
+    except StoreError as error:
+        reason = str(error)
+    if reason:
+        raise StoreError(
+            f"{path} exists and is not known to be an embedding file, so it is not replaced ({reason}); remove it "
+            "yourself, or choose another name"
+        )
+
+
 def read_features(path: Path) -> Iterator[np.ndarray]:
     """Yield the features of an embedding file block by block, float32 (scan, feature); at least one block."""
+    start = 0
     try:
-        yield from KINDS[path.suffix].read_features(path)
-    except _DAMAGE as error:
+        for block in KINDS[path.suffix].read_features(path):
+            if not np.isfinite(block).all():
+                raise ValueError(f"features of scans {start} to {start + len(block) - 1} are no finite numbers")
+            start += len(block)
+            yield block
+    except (OSError, *DAMAGE) as error:
         raise _damaged(path, error) from None
-
-
-#: What the libraries raise where a file is not what its name says.
-_DAMAGE = (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, pa.ArrowException)
 
 
 def _damaged(path: Path, error: BaseException) -> StoreError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return StoreError(f"{path} cannot be read as embeddings: {reason}; make it again with: extract STORE {path}")
+    remedy = f"remove it, and make it again: extract STORE {path}"
+    return StoreError(f"{path} cannot be read as embeddings: {reason}; {remedy}")
 
 
 def _one_layer(embeddings: Embeddings, layer: str, path: Path) -> Embeddings:
     width = embeddings.features.shape[1]
     only = [{"name": embeddings.attrs.get("layer"), "features": width, "start": 0}]
     layers: list[dict[str, Any]] = embeddings.attrs.get("layers") or only
-    found = next((one for one in layers if one["name"] == layer), None)
-    if found is None:
-        raise StoreError(f"{path} has no layer {layer!r}; it has {', '.join(str(one['name']) for one in layers)}")
-    start, stop = found["start"], found["start"] + found["features"]
+    try:
+        found = {one["name"]: one for one in layers}.get(layer)
+        if found is None:
+            raise StoreError(f"{path} has no layer {layer!r}; it has {', '.join(str(one['name']) for one in layers)}")
+        start, stop = int(found["start"]), int(found["start"] + found["features"])
+    except (LookupError, TypeError) as error:
+        raise _damaged(path, error) from None
     attrs = {**embeddings.attrs, "layer": layer, "layers": [{**found, "start": 0}]}
     return replace(embeddings, features=embeddings.features[:, start:stop].copy(), attrs=attrs)
 
 
 def write_embeddings(path: str | Path, embeddings: Embeddings) -> None:
-    """Write an embedding file of the kind that its name ends in; it appears whole or not at all, replacing another."""
+    """Write an embedding file of the kind that its name ends in; it appears whole or not at all, replacing another.
+
+    Raises
+    ------
+    StoreError
+        If the name has another ending, or a folder that is no embeddings is there.
+    ValueError
+        If features are no finite numbers.
+    """
     features = np.asarray(embeddings.features, np.float32)
-    write_file(Path(path), embeddings._tables(), features.shape, lambda start, stop: features[start:stop])
+    if not np.isfinite(features).all():
+        raise ValueError("features are no finite numbers; expected a number of each scan and feature")
+    write_file(local_path(path), embeddings._tables(), features.shape, lambda start, stop: features[start:stop])
 
 
 def write_file(path: Path, tables: Tables, shape: tuple[int, ...], features: Features) -> None:
-    """Write an embedding file block by block, see `extract.formats.Kind`; it appears whole or not at all."""
+    """Write an embedding file block by block, see `extract.formats.Kind`; it appears whole or not at all.
+
+    It is on the disk when this returns: what it was made from may go.
+    """
     check_suffix(path)
+    if path.is_dir():
+        check_replaceable(path)
     tables = replace(tables, attrs={"format": FORMAT, "format_version": FORMAT_VERSION, **tables.attrs})
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         KINDS[path.suffix].write(temporary, tables, (shape[0], shape[1]), features)
+        for written in [temporary, *temporary.rglob("*")]:
+            _sync(written)
         if path.is_dir():
             _exchange(temporary, path)  # and what was there is removed below
         else:
             temporary.replace(path)
+        _sync(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what a process that was killed in `write_file` has left. Only for whoever holds the lock."""
-    for temporary in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{path.suffix}"):
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
+    """Remove what a process that was killed in `write_file` has left, or put back what it had moved aside.
+
+    Only for whoever holds the lock.
+    """
+    temporary = re.compile(rf"{re.escape(f'.{path.name}.')}[0-9a-f]{{8}}\.tmp{re.escape(path.suffix)}({_ASIDE})?")
+    for left in list(path.parent.iterdir()):
+        if not temporary.fullmatch(left.name):
+            continue
+        if left.name.endswith(_ASIDE) and not path.exists():
+            left.rename(path)
         else:
-            temporary.unlink()
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+#: What the end of a folder's name is while two folders exchange theirs.
+_ASIDE = ".aside"
 
 
 def _exchange(a: Path, b: Path) -> None:
@@ -226,10 +311,19 @@ def _exchange(a: Path, b: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
         return
-    aside = a.with_name(f"{a.name}.aside")
-    b.rename(aside)
+    aside = a.with_name(a.name + _ASIDE)
+    b.rename(aside)  # killed from here on, `remove_unfinished` finds it
     a.rename(b)
     aside.rename(a)
+
+
+def local_path(path: str | Path) -> Path:
+    """Return where an embedding file is; ValueError for addresses of object stores."""
+    if "://" in str(path):
+        raise ValueError(
+            f"{path} is an address, but embeddings are files on a local disk; give a path there, and copy them yourself"
+        )
+    return Path(path)
 
 
 def check_suffix(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,6 +32,11 @@ from extract.models import check_picture, family_of, make_network
 from extract.weights import Weights, load_weights
 from loaders.views import View
 
+#: Of what lies between stored voxels and features: to be raised with every change after which the same settings give
+#: other features by more than rounding, for instance of cutting, resizing or normalising. Files of another one are not
+#: gone on with.
+ENCODING_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -41,7 +47,7 @@ class Encoder:
     network
         In evaluation mode, without its last linear layer.
     view, slices
-        What a 2D network sees of a volume; `View.volume` for a 3D one.
+        What a 2D network sees of a volume; `View.volume` for a 3D one, which has no slices.
     scale
         Factor by which the input is resized.
     crop
@@ -209,7 +215,7 @@ def build_encoder(
     seed
         Of random weights.
     device
-        ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, or ``cuda:N``.
     precision
         ``float32``, ``bfloat16``, ``float16``, or ``auto``: float32 on a CPU; on a GPU bfloat16, or float16 where that
         is unknown.
@@ -223,7 +229,8 @@ def build_encoder(
     Raises
     ------
     ValueError
-        For an unknown model or layer, a view that does not go with it, or settings that exclude each other.
+        For an unknown model, layer or device, a view that does not go with the model, or settings that exclude each
+        other.
     WeightsUnavailableError
         If the weights cannot be had or do not fit the model.
     """
@@ -247,9 +254,7 @@ def build_encoder(
     names = check_layers(model, layers, pooling, one_picture=one_picture)
     if plain and (compiled or precision not in ("auto", "float32")):
         raise ValueError("a plain network is neither compiled nor of another precision than float32")
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {chosen}, but no GPU is at hand; use device 'cpu'")
+    chosen = _choose_device(device)
     dtype = torch.float32 if plain else choose_precision(precision, chosen)
     loaded = load_weights(model, weights, weights_dir)
     with torch.random.fork_rng(devices=[]):
@@ -280,6 +285,7 @@ def build_encoder(
 def describe(encoder: Encoder) -> dict[str, Any]:
     """Return what goes into the attributes of embeddings: everything about the encoder that decides about them."""
     return {
+        "encoding_version": ENCODING_VERSION,
         "model": encoder.model,
         "weights": {
             "name": encoder.weights.name,
@@ -289,7 +295,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in encoder.layers],
         "pooling": encoder.pooling,
         "view": str(encoder.view),
-        "slices": encoder.slices,
+        "slices": None if encoder.view is View.volume else encoder.slices,
         "crop": encoder.crop,
         "size": encoder.size,
         "scale": encoder.scale,
@@ -301,6 +307,19 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         "precision": encoder.precision,
         "compiled": encoder.compiled is not None,
     }
+
+
+def _choose_device(device: str) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", device):
+        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda, or cuda:N with the number of a GPU")
+    number = int(device.partition(":")[2] or 0)
+    if device != "cpu" and number >= gpus:
+        there = f"of {gpus} GPUs there is none with this number" if gpus else "no GPU is at hand"
+        raise ValueError(f"device is {device}, but {there}; use device 'cpu'" + (" or 'cuda'" if gpus else ""))
+    return torch.device(device)
 
 
 def _sha256_of_parameters(network: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +16,21 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import zarr
+from zarr.codecs import ZstdCodec
 
+from extract.hdf5_inside import dataset_inside, group_inside
+from extract.tables import Features, Tables, all_columns, check_features, flat_names, is_text, ranges
 from ingest.store import quiet_zarr, read_columns, write_column
 
 _CHUNK_ROWS = 1024
 _ROW_GROUP_BYTES = 8 << 20
 _METADATA = b"brain-embeddings"  # key of a parquet file's metadata
 
-
-@dataclass(frozen=True)
-class Tables:
-    """All that an embedding file holds besides the features; see `extract.embeddings.Embeddings`."""
-
-    scans: pd.DataFrame
-    phenotypes: pd.DataFrame
-    variables: dict[str, dict[str, Any]]
-    attrs: dict[str, Any]
-
-
-#: Gives the features of scans [start, stop), float32 (scan, feature); asked for one range after the other.
-Features = Callable[[int, int], np.ndarray]
+#: What the libraries raise, besides OSError, where the content of a file is not what its name says.
+DAMAGE = (
+    LookupError, ValueError, TypeError, AttributeError, EOFError, ArithmeticError, MemoryError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, pa.ArrowException,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,44 +52,6 @@ class Kind:
     read_features: Callable[[Path], Iterator[np.ndarray]]
 
 
-def feature_names(count: int) -> list[str]:
-    """Return the names of features as columns of a table: f0, f1, ..."""
-    return [f"f{number}" for number in range(count)]
-
-
-def flat_names(tables: Tables, features: int) -> list[str]:
-    """Return the names of all columns side by side: of the scans, the phenotypes, the features.
-
-    A phenotype whose name is taken is called ``phenotype_NAME``.
-    """
-    others = [*map(str, tables.scans.columns), *feature_names(features)]
-    taken = set(others)
-    phenotypes = []
-    for column in map(str, tables.phenotypes.columns):
-        name = column
-        while name in taken:
-            name = f"phenotype_{name}"
-        taken.add(name)
-        phenotypes.append(name)
-    scans = len(tables.scans.columns)
-    return [*others[:scans], *phenotypes, *others[scans:]]
-
-
-def _ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _is_text(values: np.ndarray) -> bool:
-    return values.dtype.kind in "OUT"
-
-
-def _columns(tables: Tables) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield group, name and values of each column."""
-    for group, table in (("scans", tables.scans), ("phenotypes", tables.phenotypes)):
-        for name in table.columns:
-            yield group, str(name), table[name].to_numpy()
-
-
 # --- zarr: a group that xarray opens, too
 
 
@@ -104,13 +62,15 @@ def _write_zarr(path: Path, tables: Tables, shape: tuple[int, int], features: Fe
         shape=shape,
         chunks=(max(1, min(_CHUNK_ROWS, shape[0])), max(1, shape[1])),
         dtype="float32",
+        fill_value=np.nan,  # a chunk that is lost is found, not believed; a damaged one, too
+        compressors=[ZstdCodec(level=3, checksum=True)],
         dimension_names=("scan", "feature"),
     )
-    for start, stop in _ranges(shape[0], _CHUNK_ROWS):
+    for start, stop in ranges(shape[0], _CHUNK_ROWS):
         array[start:stop] = features(start, stop)
     for group in ("scans", "phenotypes"):
         root.create_group(group)
-    for group, name, values in _columns(tables):
+    for group, name, values in all_columns(tables):
         columns = root[group]
         assert isinstance(columns, zarr.Group)
         write_column(columns, name, values, tables.variables.get(name) if group == "phenotypes" else None)
@@ -123,16 +83,38 @@ def _read_zarr_tables(path: Path) -> Tables:
         attrs = dict(root.attrs)
         if "embeddings" not in root:
             return Tables(pd.DataFrame(), pd.DataFrame(), {}, attrs)
+        rows = _zarr_features(root).shape[0]
+        for group in ("scans", "phenotypes"):  # before anything is read: what was never written is zeros, of any size
+            for name, column in _zarr_columns(root, group):
+                if column.shape != (rows,):
+                    raise ValueError(f"{group}/{name} has shape {column.shape}, embeddings is of {rows} scans")
         scans, _ = read_columns(root, "scans")
         phenotypes, variables = read_columns(root, "phenotypes")
         return Tables(scans, phenotypes, variables, attrs)
 
 
+def _zarr_features(root: zarr.Group) -> zarr.Array:
+    array = root["embeddings"]
+    if not isinstance(array, zarr.Array):
+        raise ValueError("embeddings is a group, expected an array")
+    check_features(array.shape, array.dtype)
+    if array.chunks[0] > _CHUNK_ROWS:
+        raise ValueError(f"embeddings has chunks of {array.chunks[0]} scans, expected at most {_CHUNK_ROWS}")
+    return array
+
+
+def _zarr_columns(root: zarr.Group, name: str) -> Iterator[tuple[str, zarr.Array]]:
+    group = root.get(name)
+    yield from group.arrays() if isinstance(group, zarr.Group) else ()
+
+
 def _read_zarr_features(path: Path) -> Iterator[np.ndarray]:
     with quiet_zarr():
-        array = zarr.open_group(path, mode="r", zarr_format=3)["embeddings"]
-        assert isinstance(array, zarr.Array)
-        for start, stop in _ranges(max(1, array.shape[0]), array.chunks[0]):
+        array = _zarr_features(zarr.open_group(path, mode="r", zarr_format=3))
+        there = sum(file.is_file() for file in (path / "embeddings" / "c").rglob("*"))
+        if there < array.nchunks and array.shape[0]:
+            raise ValueError(f"{array.nchunks - there} of {array.nchunks} chunks of embeddings are missing")
+        for start, stop in ranges(max(1, array.shape[0]), array.chunks[0]):
             yield np.asarray(array[start:stop])
 
 
@@ -142,12 +124,12 @@ def _read_zarr_features(path: Path) -> Iterator[np.ndarray]:
 def _write_hdf5(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
     with h5py.File(path, "w") as file:
         array = file.create_dataset("embeddings", shape=shape, dtype="float32")
-        for start, stop in _ranges(shape[0], _CHUNK_ROWS):
+        for start, stop in ranges(shape[0], _CHUNK_ROWS):
             array[start:stop] = features(start, stop)
         for group in ("scans", "phenotypes"):
             file.create_group(group)
-        for group, name, values in _columns(tables):
-            if _is_text(values):
+        for group, name, values in all_columns(tables):
+            if is_text(values):
                 values = np.array([str(value) for value in values], dtype=h5py.string_dtype())
             column = file[group].create_dataset(name, data=values)
             if group == "phenotypes":
@@ -164,7 +146,9 @@ def _read_hdf5_tables(path: Path) -> Tables:
         variables: dict[str, dict[str, Any]] = {}
         for group in ("scans", "phenotypes"):
             columns = {}
-            for name, column in file[group].items():
+            inside = group_inside(file, group)
+            for name in inside:
+                column = dataset_inside(inside, name)
                 text = h5py.check_string_dtype(column.dtype) is not None
                 columns[name] = column.asstr()[:].astype(object) if text else column[:]
                 if group == "phenotypes":
@@ -175,8 +159,9 @@ def _read_hdf5_tables(path: Path) -> Tables:
 
 def _read_hdf5_features(path: Path) -> Iterator[np.ndarray]:
     with h5py.File(path, "r") as file:
-        array = file["embeddings"]
-        for start, stop in _ranges(max(1, len(array)), _CHUNK_ROWS):
+        array = dataset_inside(file, "embeddings")
+        check_features(array.shape, array.dtype)
+        for start, stop in ranges(max(1, len(array)), _CHUNK_ROWS):
             yield array[start:stop]
 
 
@@ -185,7 +170,7 @@ def _read_hdf5_features(path: Path) -> Iterator[np.ndarray]:
 
 def _write_parquet(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
     rows, width = shape
-    arrays = [_arrow(values) for _, _, values in _columns(tables)]
+    arrays = [_arrow(values) for _, _, values in all_columns(tables)]
     names = flat_names(tables, width)
     about = {
         "attrs": tables.attrs,
@@ -198,7 +183,7 @@ def _write_parquet(path: Path, tables: Tables, shape: tuple[int, int], features:
     step = max(_CHUNK_ROWS, _ROW_GROUP_BYTES // max(1, 4 * width))
     dictionary = names[: len(arrays)]
     with pa.parquet.ParquetWriter(path, schema, use_dictionary=dictionary, write_statistics=dictionary) as file:
-        for start, stop in _ranges(rows, step):
+        for start, stop in ranges(rows, step):
             columns = [array[start:stop] for array in arrays] + _arrow_columns(features(start, stop))
             file.write_table(pa.table(columns, schema=schema), row_group_size=step)
             del columns  # before the next ones are made
@@ -210,7 +195,7 @@ def _arrow_columns(block: np.ndarray) -> list[pa.Array]:
 
 
 def _arrow(values: np.ndarray) -> pa.Array:
-    if _is_text(values):
+    if is_text(values):
         return pa.array([str(value) for value in values], pa.string())
     return pa.array(values, from_pandas=True)  # NaN becomes null, which is what R and Julia call missing
 
@@ -263,13 +248,13 @@ def _read_parquet_features(path: Path) -> Iterator[np.ndarray]:
 
 def _write_npz(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        blocks = (features(start, stop) for start, stop in _ranges(shape[0], _CHUNK_ROWS))
+        blocks = (features(start, stop) for start, stop in ranges(shape[0], _CHUNK_ROWS))
         _write_npy(archive, "embeddings", np.dtype(np.float32), shape, blocks)
-        arrays = {f"{group}/{name}": values for group, name, values in _columns(tables)}
+        arrays = {f"{group}/{name}": values for group, name, values in all_columns(tables)}
         arrays["attrs"] = np.array(json.dumps(tables.attrs))
         arrays["variables"] = np.array(json.dumps(tables.variables))
         for name, values in arrays.items():
-            if _is_text(values) and values.ndim:
+            if is_text(values) and values.ndim:
                 values = np.array([str(value) for value in values], dtype=np.str_)
             _write_npy(archive, name, values.dtype, values.shape, [values])
 
@@ -294,7 +279,7 @@ def _read_npz_tables(path: Path) -> Tables:
             group, _, name = key.partition("/")
             if group in groups:
                 values = file[key]
-                groups[group][name] = values.astype(object) if _is_text(values) else values
+                groups[group][name] = values.astype(object) if is_text(values) else values
         attrs, variables = (json.loads(str(file[name])) for name in ("attrs", "variables"))
     return Tables(pd.DataFrame(groups["scans"]), pd.DataFrame(groups["phenotypes"]), variables, attrs)
 
@@ -302,7 +287,10 @@ def _read_npz_tables(path: Path) -> Tables:
 def _read_npz_features(path: Path) -> Iterator[np.ndarray]:
     with zipfile.ZipFile(path) as archive, archive.open("embeddings.npy") as file:
         rows, width = _read_npy_shape(file)
-        for start, stop in _ranges(max(1, rows), _CHUNK_ROWS):
+        expected, there = 4 * rows * width, archive.getinfo("embeddings.npy").file_size - file.tell()
+        if there != expected:
+            raise ValueError(f"embeddings.npy has {there} bytes of values, its shape {(rows, width)} needs {expected}")
+        for start, stop in ranges(max(1, rows), _CHUNK_ROWS):
             count = min(stop, rows) - start
             yield np.frombuffer(file.read(4 * count * width), np.float32).reshape(count, width)
 
@@ -312,9 +300,11 @@ def _read_npy_shape(file: IO[bytes]) -> tuple[int, int]:
     if version != (1, 0):
         raise ValueError(f"embeddings.npy has version {version} of numpy's format, expected (1, 0)")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if len(shape) != 2 or fortran_order or dtype != np.float32:
-        raise ValueError(f"embeddings.npy is {dtype} of shape {shape}, expected float32 (scan, feature) in C order")
-    return shape
+    check_features(shape, dtype)
+    if fortran_order:
+        raise ValueError("embeddings.npy is in Fortran's order, expected C's")
+    rows, width = shape
+    return rows, width
 
 
 #: By the ending of the file's name.

@@ -11,7 +11,11 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from extract.embeddings import Embeddings
+from extract.probe_settings import THIRD_DEGREE
 from extract.targets import column_of
+
+#: Groups are few below this number, and large from so many people on average.
+FEW_GROUPS = LARGE_GROUPS = 20
 
 _PARTICIPANT = ("participant", "participant_id", "eid", "iid")
 _GROUP = ("group", "family", "family_id", "fid")
@@ -28,9 +32,11 @@ class Groups:
     together
         Groups that are never split, 0 ... groups-1.
     units
-        What is independent of each other, and so drawn and exchanged as a whole: families, else participants.
+        What is independent of each other, and so drawn and exchanged as a whole: groups if they are many and small,
+        such as families, else participants.
     blocks
-        Units are exchanged within these only: the groups of a phenotype such as ``site``, else all are one.
+        Units are exchanged within these only: groups if they are few or large, such as sites, else all are one. People
+        who are alone are one block.
     note
         Of the groups in words; empty where they are the participants.
     """
@@ -48,7 +54,7 @@ class Groups:
         return Groups(people, together, units, self.blocks[chosen], self.note)
 
 
-def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: float) -> Groups:
+def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: float | None = None) -> Groups:
     """Read who must not be split.
 
     Parameters
@@ -59,13 +65,13 @@ def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: floa
         header: ``participant`` (or ``eid``) and ``group`` (or ``family``); or pairs of relatives as in UK Biobank's
         ``ukb_rel.dat``: ``ID1``, ``ID2`` and, optionally, ``Kinship``, of which the connected components stay together.
     kinship
-        Pairs with a coefficient of this or more are related.
+        Pairs with a coefficient of this or more are related; None takes `THIRD_DEGREE` where there are coefficients.
 
     Raises
     ------
     ValueError
-        If there is no such phenotype or file, the file is no such table or knows none of the people, or everybody is in
-        one group.
+        If a kinship is given and there are no coefficients, there is no such phenotype or file, the file is no such
+        table or knows none of the people, or everybody is in one group.
     """
     participants = embeddings.scans["participant"].to_numpy().astype(str)
     names, people = np.unique(participants, return_inverse=True)
@@ -77,7 +83,9 @@ def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: floa
         first, second, note = _read_table(path, names, kinship)
         together = _components(first, second, len(names))[people]
         _check(together, note)
-        return Groups(people, together, together, alone, note)
+        return _units_and_blocks(people, together, note)
+    if kinship is not None:
+        raise ValueError(f"kinship={kinship} needs groups from a table with a column Kinship, not {str(groups)!r}")
     try:
         column = column_of(embeddings, str(groups))
     except ValueError as error:
@@ -89,7 +97,18 @@ def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: floa
     together = np.unique(together, return_inverse=True)[1]
     note = f"{together.max() + 1} groups by {column}"
     _check(together, note)
-    return Groups(people, together, people, together, note)
+    return _units_and_blocks(people, together, note)
+
+
+def _units_and_blocks(people: np.ndarray, together: np.ndarray, note: str) -> Groups:
+    """Return groups that are blocks if they are few or large, else units."""
+    first = np.unique(people, return_index=True)[1]
+    sizes = np.bincount(together[first])
+    shared = sizes > 1
+    if shared.sum() >= FEW_GROUPS and sizes[shared].mean() < LARGE_GROUPS:
+        return Groups(people, together, together, np.zeros(len(people), dtype=np.int64), note)
+    blocks = np.unique(np.where(shared[together], together, -1), return_inverse=True)[1]
+    return Groups(people, together, people, blocks, note)
 
 
 def _check(together: np.ndarray, note: str) -> None:
@@ -106,7 +125,7 @@ def _components(first: np.ndarray, second: np.ndarray, nodes: int) -> np.ndarray
     return connected_components(links, directed=False)[1].astype(np.int64)
 
 
-def _read_table(path: Path, names: np.ndarray, kinship: float) -> tuple[np.ndarray, np.ndarray, str]:
+def _read_table(path: Path, names: np.ndarray, kinship: float | None) -> tuple[np.ndarray, np.ndarray, str]:
     """Return linked people, by their places in `names`, and what they are in words."""
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -119,8 +138,11 @@ def _read_table(path: Path, names: np.ndarray, kinship: float) -> tuple[np.ndarr
         ) from error
     table.columns = [str(name).strip().lower() for name in table.columns]
     place = {name: i for i, name in enumerate(names.tolist())}
-    if {"id1", "id2"} <= set(table.columns):
-        related = table
+    pairs = {"id1", "id2"} <= set(table.columns)
+    if kinship is not None and not (pairs and "kinship" in table.columns):
+        raise ValueError(f"kinship={kinship} needs a table with ID1, ID2 and Kinship; {path} has no such column")
+    if pairs:
+        related, of = table, ""
         if "kinship" in table.columns:
             coefficients = pd.to_numeric(table["kinship"], errors="coerce")
             if coefficients.isna().any():
@@ -128,12 +150,13 @@ def _read_table(path: Path, names: np.ndarray, kinship: float) -> tuple[np.ndarr
                 raise ValueError(
                     f"row {row + 2} of {path} has the kinship {table['kinship'].iloc[row]!r}; expected a number"
                 )
-            related = table[coefficients >= kinship]
+            least = THIRD_DEGREE if kinship is None else kinship
+            related, of = table[coefficients >= least], f" (kinship of {least} or more)"
         first, second = (_places(related[column], place) for column in ("id1", "id2"))
         if len(table) and not max(_places(table[c], place).max() for c in ("id1", "id2")) >= 0:
             raise ValueError(_stranger(path, table["id1"].iloc[0], names))
         both = (first >= 0) & (second >= 0)
-        note = f"families of {int(both.sum())} related pairs in {path.name}"
+        note = f"families of {int(both.sum())} related pairs in {path.name}{of}"
         return first[both], second[both], note
     participant = next((name for name in _PARTICIPANT if name in table.columns), None)
     group = next((name for name in _GROUP if name in table.columns), None)

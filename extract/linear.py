@@ -204,9 +204,9 @@ def _refit_without(
     out = np.column_stack([scores, np.ones(len(scores))])
     moments = np.vstack([covariance, np.zeros(centred.shape[1])]) - out.T @ centred
     gram = np.diag(np.append(rotation.eigenvalues, rotation.scans)) - out.T @ out
-    ridges = np.ones(len(gram))
-    ridges[-1] = 0  # the intercept
-    return centred - out @ np.linalg.solve(gram + penalties[:, None, None] * np.diag(ridges), moments)
+    ridges = np.diag(np.append(np.ones(len(gram) - 1), 0))  # none for the intercept
+    fits = [linalg.solve(gram + penalty * ridges, moments, assume_a="sym") for penalty in penalties]
+    return centred - out @ np.stack(fits)
 
 
 def ridge(train: np.ndarray, targets: np.ndarray, groups: np.ndarray, *, penalty: float | None = None) -> Fit:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from extract.confounds import ConfoundCoding, fit_coding, fit_residualiser, read_confounds
+from extract.confounds import ConfoundCoding, fit_coding, fit_residualiser, match_confounds, read_confounds
 from extract.cross_validation import penalty_folds
 from extract.embeddings import Embeddings
 from extract.groups import read_groups
@@ -18,7 +18,7 @@ from extract.logistic import logistic, probabilities
 from extract.probe import check_embeddings
 from extract.probe_settings import ProbeSettings
 from extract.results import Interval
-from extract.targets import read_targets, target_names
+from extract.targets import by_column, read_targets, target_names
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ProbeModel:
         return np.expm1(np.clip(value, 0, 700)) if self.task == "count" else value
 
     def predict_embeddings(self, embeddings: Embeddings) -> np.ndarray:
-        """Predict for all scans of an embedding file, whose confounds are read from it.
+        """Predict for all scans of an embedding file, whose confounds are read from it and matched by their labels.
 
         Raises
         ------
@@ -104,7 +104,14 @@ class ProbeModel:
         """
         if self.confounds is None:
             return self.predict(embeddings.features)
-        return self.predict(embeddings.features, read_confounds(embeddings, self.confounds.names).values)
+        measured = read_confounds(embeddings, self.confounds.names)
+        return self.predict(embeddings.features, match_confounds(self.confounds, measured)[0])
+
+    def warnings(self, embeddings: Embeddings) -> list[str]:
+        """Return what is unknown of the confounds of an embedding file: see `extract.confounds.match_confounds`."""
+        if self.confounds is None:
+            return []
+        return match_confounds(self.confounds, read_confounds(embeddings, self.confounds.names))[1]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON."""
@@ -124,6 +131,7 @@ class ProbeModel:
             else {
                 "names": list(coding.names),
                 "categories": [list(values) for values in coding.categories],
+                "labels": [list(labels) for labels in coding.labels],
                 "means": list(coding.means),
                 "missing": list(coding.missing),
                 "coefficients": self.confound_coefficients.tolist(),
@@ -159,6 +167,7 @@ class ProbeModel:
                 else ConfoundCoding(
                     tuple(coding["names"]),
                     tuple(tuple(float(value) for value in values) for values in coding["categories"]),
+                    tuple(tuple(str(label) for label in labels) for labels in coding["labels"]),
                     tuple(float(mean) for mean in coding["means"]),
                     tuple(bool(missing) for missing in coding["missing"]),
                 ),
@@ -173,7 +182,11 @@ class ProbeModel:
 
 
 def refit(
-    embeddings: Embeddings, target: str, *, task: str | None = None, settings: ProbeSettings | None = None
+    embeddings: Embeddings,
+    target: str,
+    *,
+    tasks: Mapping[str, str] | None = None,
+    settings: ProbeSettings | None = None,
 ) -> ProbeModel:
     """Fit the probe of one target to everyone who has a value, its penalty chosen as on a training side.
 
@@ -181,8 +194,8 @@ def refit(
     ----------
     target
         Name of a phenotype, or its alias.
-    task
-        As of `extract.probe.probe`.
+    tasks
+        As of `extract.probe.probe`; those of other targets do not matter.
     settings
         Of which confounds, groups, bins and the seed matter here.
 
@@ -195,14 +208,15 @@ def refit(
     (name,) = target_names(embeddings, [target])
     check_embeddings(embeddings)
     all_groups = read_groups(embeddings, settings.groups, settings.kinship)
-    bins = {column: edges for column, edges in settings.bins.items() if target_names(embeddings, [column]) == [name]}
-    (found,) = read_targets(embeddings, [name], {name: task} if task else {}, bins, all_groups.people)
+    all_confounds = read_confounds(embeddings, settings.confounds, tasks)
+    asked, bins = by_column(embeddings, tasks, [name]), by_column(embeddings, settings.bins, [name])
+    (found,) = read_targets(embeddings, [name], asked, bins, all_groups.people)
     if found.reason:
         raise ValueError(f"{name!r} cannot be fitted: {found.reason}")
     present = found.present
     groups = all_groups.rows(present)
     features, truth = embeddings.features[present].astype(np.float64), found.values[present]
-    confounds = read_confounds(embeddings, settings.confounds).without(name).rows(present)
+    confounds = all_confounds.without(name).rows(present)
     residualiser, coding = None, None
     if confounds.names:
         coding = fit_coding(confounds)

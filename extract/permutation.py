@@ -19,6 +19,7 @@ from extract.linear import Rotation, rotate
 
 _MOST_AT_ONCE = 8_000_000  # numbers in the exchanged labels
 _FREE_SHARE = 0.5  # of the scans: penalties that leave a fit more degrees of freedom are not tried
+_LEAST_EXCHANGED = 0.5  # of the scans: where fewer can get another label, a p value says nothing
 _SAME = 1e-12  # scores that differ by rounding are equal
 
 
@@ -33,6 +34,13 @@ class Exchange:
     """
 
     parts: list[np.ndarray]
+
+    def free(self, labels: np.ndarray) -> np.ndarray:
+        """Return which scans, bool (scan,), can get another label than theirs of labels (scan, ...)."""
+        found = np.zeros(len(labels), dtype=bool)
+        for rows in self.parts:
+            found[rows] = np.any(np.ptp(labels[rows], axis=0) > 0)
+        return found
 
     def draw(self, scans: int, rng: np.random.Generator) -> np.ndarray:
         """Return for each scan the row whose label it gets."""
@@ -52,7 +60,7 @@ def permutation_test(
     permutations: int,
     folds: int,
     seed: int,
-) -> tuple[float, str]:
+) -> tuple[float | None, str]:
     """Test whether features tell anything of a target.
 
     The statistic is the mean over the test folds of the AUC of ridge regression on indicator codes (of more than two
@@ -63,8 +71,9 @@ def permutation_test(
 
     With confounds the features are those that are left of them on each training side, and what is exchanged, and
     correlated with its prediction, are the residuals of the target (of its indicator codes) on the confounds: the null
-    is that beyond the confounds the features tell nothing. Residuals are exchangeable nearly, not exactly (Freedman &
-    Lane 1983, Journal of Business & Economic Statistics 1:292).
+    is that beyond the confounds the features tell nothing. Exchanged residuals are residualised again, so that they are
+    as free of the confounds as those observed. Residuals are exchangeable nearly, not exactly (Freedman & Lane 1983,
+    Journal of Business & Economic Statistics 1:292), those of rare classes least.
 
     Parameters
     ----------
@@ -85,10 +94,11 @@ def permutation_test(
 
     Returns
     -------
-    p_value : float
-        (1 + permutations that score as well) / (permutations + 1), one-sided.
+    p_value : float or None
+        (1 + permutations that score as well) / (permutations + 1), one-sided; None where fewer than half of the scans
+        can get another label.
     null : str
-        What was tested, in words.
+        What was tested, in words, or why nothing was.
     """
     classes = int(truth.max()) + 1 if task in ("binary", "multiclass") else 0
     if classes:
@@ -99,6 +109,9 @@ def permutation_test(
         columns = fit_coding(confounds).encode(confounds.values)
         labels = fit_residualiser(labels, columns).apply(labels, columns)
     exchange, exchanged = _exchange(groups, truth, free=confounds is None)
+    free = exchange.free(labels)
+    if free.mean() < _LEAST_EXCHANGED:
+        return None, f"no p value: only {int(free.sum())} of {len(free)} labels can be exchanged between {exchanged}"
     ranked = bool(classes) and confounds is None
     number = min(folds, int(groups.together.max()) + 1)
     nobody = np.zeros(groups.together.max() + 1, dtype=np.int64)
@@ -119,6 +132,9 @@ def permutation_test(
             for start in range(0, permutations + 1, step):
                 numbers = range(start, min(start + step, permutations + 1))
                 drawn = np.stack([labels[_source(exchange, number, len(truth), seed)] for number in numbers], axis=1)
+                if confounds is not None:
+                    flat = drawn.reshape(len(truth), -1)
+                    drawn = fit_residualiser(flat, columns).apply(flat, columns).reshape(drawn.shape)
                 total[start : start + step] += _fold_statistic(
                     rotation, train, drawn[~test], tested, drawn[test], ranked
                 )

@@ -10,7 +10,6 @@ import numpy as np
 from extract.bootstrap import draw_weights, percentile_interval
 from extract.confounds import ConfoundValues, fit_coding, read_confounds
 from extract.cross_validation import (
-    PENALTY_PEOPLE,
     Fold,
     Outcome,
     Sample,
@@ -22,7 +21,7 @@ from extract.cross_validation import (
 from extract.embeddings import Embeddings
 from extract.folds import class_strata, folds_with_all_classes, rank_summary, repeated_folds, value_strata
 from extract.groups import Groups, read_groups
-from extract.linear import PENALTY_SCANS
+from extract.method import describe_method
 from extract.permutation import permutation_test
 from extract.probe_settings import ProbeSettings
 from extract.results import Interval, OutOfFold, TargetResult
@@ -48,6 +47,7 @@ def probe(
     *,
     tasks: Mapping[str, str] | None = None,
     settings: ProbeSettings | None = None,
+    confounds: ConfoundValues | None = None,
     on_target: Callable[[TargetResult], None] | None = None,
 ) -> list[TargetResult]:
     """Fit linear probes to embeddings and score them on people whom they have not seen.
@@ -84,10 +84,13 @@ def probe(
     targets
         Names of phenotypes, or their aliases (``gender``); None takes all that are not confounds.
     tasks
-        Name -> one of `ingest.dictionary.TASKS`, where `extract.targets.infer_task` would choose another.
+        Name -> one of `ingest.dictionary.TASKS`, where `extract.targets.infer_task` would choose another; of a confound
+        ``multiclass`` makes categories of numbers.
     settings
         Folds, repeats, seed, confounds, groups ...; the defaults of `ProbeSettings` if None. Targets with few people
         get fewer folds; ``method`` says how many. Same seed, same scores, whatever other targets are asked for.
+    confounds
+        Values of the confounds of `settings`; read from the embeddings if None.
     on_target
         Called with each result as it is ready, not in the order of the targets.
 
@@ -105,8 +108,8 @@ def probe(
     names = target_names(embeddings, targets)
     check_embeddings(embeddings)
     groups = read_groups(embeddings, settings.groups, settings.kinship)
-    found = read_targets(embeddings, names, tasks or {}, settings.bins, groups.people)
-    confounds = read_confounds(embeddings, settings.confounds)
+    confounds = confounds or read_confounds(embeddings, settings.confounds, tasks)
+    found = read_targets(embeddings, names, tasks or {}, settings.bins, groups.people, confounds.names)
     features = embeddings.features.astype(np.float64)
     summary = rank_summary(_regression_values(embeddings))
     results: dict[str, TargetResult] = {}
@@ -208,7 +211,7 @@ def _probe_batch(
         own = [fold_outcomes[i] for fold_outcomes in outcomes]
         beside = [fold_outcomes[i] for fold_outcomes in confound_outcomes]
         result = _summarise(result, sample, folds, own, beside, np.flatnonzero(present), truths[:, i])
-        result = replace(result, method=_method(target, sample, own, settings), confounds=list(confounds.names))
+        result = replace(result, method=describe_method(target, sample, own, settings), confounds=list(confounds.names))
         if settings.permutations:
             p_value, null = permutation_test(
                 sample.features,
@@ -220,6 +223,8 @@ def _probe_batch(
                 folds=settings.folds,
                 seed=settings.seed,
             )
+            if p_value is None:
+                result = replace(result, method=f"{result.method}; {null}")
             result = replace(result, p_value=p_value, null=null, permutations=settings.permutations)
         results.append(result)
     return results
@@ -319,34 +324,3 @@ def _with_bootstrap(interval: Interval, draws: Sequence[np.ndarray | None]) -> I
     drawn = [scores for scores in draws if scores is not None]
     ends = percentile_interval(np.stack(drawn)) if drawn else None
     return interval if ends is None else replace(interval, boot_low=ends[0], boot_high=ends[1])
-
-
-def _method(target: Target, sample: Sample, outcomes: list[Outcome], settings: ProbeSettings) -> str:
-    """Say in one line what was done."""
-    penalty = float(np.median([outcome.penalty for outcome in outcomes]))
-    groups = sample.groups
-    grouped = groups.together.max() < groups.people.max()
-    if target.labels:
-        model = f"logistic regression, L2 penalty {penalty:.2g} (median) by log-loss in inner folds of participants"
-        if len(np.unique(groups.people)) > PENALTY_PEOPLE:
-            model += f" (of {PENALTY_PEOPLE} at most)"
-    else:
-        outcome = "log(1 + count)" if target.task == "count" else "the value"
-        left_out = "group" if grouped else "participant"
-        model = f"ridge regression of {outcome}, penalty {penalty:.2g} (median) by leaving one {left_out} out"
-        if len(sample.features) > PENALTY_SCANS:
-            model += f" (of {PENALTY_SCANS} scans)"
-    number, repeats = int(sample.fold_of.max()) + 1, len(sample.fold_of)
-    parts = [model, f"{number} folds of {'groups' if grouped else 'participants'} x {repeats} repeats"]
-    if groups.note:
-        parts.append(f"kept together: {groups.note}")
-    if settings.train_people is not None:
-        parts.append(f"trained on {settings.train_people} participants")
-    if target.note:
-        parts.append(target.note)
-    if sample.confounds is not None:
-        names = ", ".join(sample.confounds.names)
-        parts.append(f"{names} removed from the features by least squares on each training side, the target as it is")
-    if settings.bootstrap:
-        parts.append(f"bootstrap of {settings.bootstrap} draws of the people tested, without training anew")
-    return "; ".join(parts)

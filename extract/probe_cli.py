@@ -13,8 +13,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from extract.apply import apply_probe, check_model_suffix, check_table_suffix, load_probe, save_probe, write_predictions
+from extract.apply import (
+    apply_probe,
+    check_model_suffix,
+    check_table_suffix,
+    confound_warnings,
+    load_probe,
+    save_probe,
+    write_predictions,
+)
 from extract.compare import Difference, Probed, align, differences, distinct_names, probe_all
+from extract.confounds import number_warnings, read_confounds
 from extract.embeddings import Embeddings, open_embeddings
 from extract.model import refit
 from extract.probe import target_names
@@ -71,12 +80,16 @@ def run_command(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=KIND", help="binary, multiclass, ordinal, count or continuous; repeatable."),
+        typer.Option(
+            metavar="NAME=KIND",
+            help="binary, multiclass, ordinal, count or continuous, of targets and confounds; repeatable.",
+        ),
     ] = None,
     bins: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=N", help="Classes of equally many, or NAME=inner edges, e.g. age=55,65; repeatable."
+            metavar="NAME=N",
+            help="N classes of equally many of all people, or NAME=inner edges, age=55,65; repeatable.",
         ),
     ] = None,
     layer: Annotated[
@@ -91,12 +104,15 @@ def run_command(
         typer.Option(metavar="NAME|FILE", help="Never split these: a phenotype (site), or a table of families or kin."),
     ] = None,
     kinship: Annotated[
-        float, typer.Option(help="Related from this coefficient on, where --groups has some.")
-    ] = THIRD_DEGREE,
+        float | None,
+        typer.Option(help="Related from this coefficient on, of a table in --groups.", show_default=str(THIRD_DEGREE)),
+    ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation, over participants.")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="Of the cross-validation, each on other folds.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the folds.")] = 0,
-    permutations: Annotated[int, typer.Option(min=0, help="Test headline scores by so many; 0 for none.")] = 0,
+    permutations: Annotated[
+        int, typer.Option(min=0, help="Test the features by so many, with ridge regression; 0 for none.")
+    ] = 0,
     bootstrap: Annotated[int, typer.Option(min=0, help="Intervals by so many draws of people; 0 for none.")] = 0,
     curve: Annotated[
         str | None,
@@ -142,7 +158,9 @@ def run_command(
     if len(named) > 1:
         named, warnings = align(named)
     asked = None if targets is None else _split(targets)
-    names = target_names(named[labels[0]], asked)
+    first = named[labels[0]]
+    names = target_names(first, asked)
+    warnings += number_warnings(first, read_confounds(first, settings.confounds, tasks), tasks)
     with progress_bar("probe", errors) as progress:
         bar = progress.add_task("probe", total=None)
         probed = probe_all(
@@ -150,7 +168,8 @@ def run_command(
             on_target=lambda _: progress.advance(bar), on_plan=lambda total: progress.update(bar, total=total),
         )  # fmt: skip
     compared = differences(probed) if len(probed) > 1 else []
-    if save is not None:
+    unsaved = save is not None and all(result.status != "ok" for result in probed[0].results)
+    if save is not None and not unsaved:
         _save(save, probed[0], tasks, settings, layers[0])
     if report is not None:
         from extract.report import write_report  # drawing needs matplotlib, which takes a second to import
@@ -161,7 +180,7 @@ def run_command(
     for warning in warnings:
         warn(f"warning: {warning}")
     if as_json:
-        print(json.dumps(_document(sources, probed, compared, settings, report, save)))
+        print(json.dumps(_document(sources, probed, compared, settings, report, None if unsaved else save)))
     else:
         for (path, one), embeddings in zip(sources, named.values(), strict=True):
             print_embeddings(path, embeddings, one)
@@ -171,9 +190,11 @@ def run_command(
             print_results(probed[0].results)
         print_curves(probed)
         print_skipped(probed)
-        for what, where in (("report", report), ("models", save)):
+        for what, where in (("report", report), ("models", None if unsaved else save)):
             if where is not None:
                 print_written(what, where)
+    if unsaved:
+        raise ValueError(f"every target was skipped, so there is no model for {save}")
     if asked is not None and any(result.status == "skipped" for one in probed for result in one.results):
         raise typer.Exit(1)
 
@@ -191,6 +212,8 @@ def apply_command(
     embeddings = open_embeddings(path, saved.layer)
     predictions = apply_probe(saved, embeddings)
     write_predictions(out, predictions)
+    for warning in confound_warnings(saved, embeddings):
+        warn(f"warning: {warning}")
     simulated = saved.simulated or bool(embeddings.attrs.get("simulated"))
     targets = [one.name for one in saved.models]
     if as_json:
@@ -203,11 +226,8 @@ def apply_command(
 
 def _save(path: Path, probed: Probed, tasks: dict[str, str], settings: ProbeSettings, layer: str | None) -> None:
     """Fit what was probed to everyone and write it."""
-    asked = {target_names(probed.embeddings, [name])[0]: kind for name, kind in tasks.items()}
     models = [
-        replace(
-            refit(probed.embeddings, result.name, task=asked.get(result.name), settings=settings), score=result.headline
-        )
+        replace(refit(probed.embeddings, result.name, tasks=tasks, settings=settings), score=result.headline)
         for result in probed.results
         if result.status == "ok"
     ]

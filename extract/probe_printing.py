@@ -122,12 +122,14 @@ def print_curves(probed: Sequence[Probed]) -> None:
 
 
 def print_skipped(probed: Sequence[Probed]) -> None:
-    """Name on stderr the targets that could not be probed, and the points of curves that are missing."""
+    """Name on stderr what is missing: targets that could not be probed, p values, and points of curves."""
     for one in probed:
         prefix = f"{one.name}: " if len(probed) > 1 else ""
         for result in one.results:
             if result.status == "skipped":
                 warn(f"skipped: {prefix}{result.name}: {result.reason}")
+            elif result.permutations and result.p_value is None:
+                warn(f"{prefix}{result.name}: {result.null}")
         for curve in one.curves.values():
             for size, reason in curve.missing.items():
                 warn(f"no point at {size} people: {prefix}{curve.target}: {reason}")

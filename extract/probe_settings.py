@@ -31,7 +31,7 @@ class ProbeSettings:
         A phenotype (``site``), or a table of families or of related pairs, whose people are never split
         (`extract.groups`); None splits between any two people.
     kinship
-        Pairs with a coefficient of this or more are related, where the table has coefficients.
+        Pairs with a coefficient of this or more are related, of a table with coefficients; None takes `THIRD_DEGREE`.
     bins
         Target -> number of quantile classes, or their inner edges in ascending order: the target becomes classes.
     permutations
@@ -53,7 +53,7 @@ class ProbeSettings:
     seed: int = 0
     confounds: tuple[str, ...] = ()
     groups: str | Path | None = None
-    kinship: float = THIRD_DEGREE
+    kinship: float | None = None
     bins: Mapping[str, int | tuple[float, ...]] = field(default_factory=dict)
     permutations: int = 0
     bootstrap: int = 0
@@ -70,8 +70,10 @@ class ProbeSettings:
             raise ValueError(
                 f"permutations={self.permutations}, bootstrap={self.bootstrap}: expected 0 for none, or a number above"
             )
-        if not 0 < self.kinship <= 0.5:
+        if self.kinship is not None and not 0 < self.kinship <= 0.5:
             raise ValueError(f"kinship={self.kinship}: expected a coefficient above 0 and up to 0.5 (twins)")
+        if self.kinship is not None and self.groups is None:
+            raise ValueError(f"kinship={self.kinship} needs groups: a table of relatives with a column Kinship")
         if self.train_people is not None and self.train_people < _FEWEST_TRAIN_PEOPLE:
             raise ValueError(f"train_people={self.train_people}: expected {_FEWEST_TRAIN_PEOPLE} or more")
         if len(set(self.confounds)) < len(self.confounds):

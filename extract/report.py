@@ -90,7 +90,7 @@ def render_report(
         names=[one.name for one in probed],
         targets=table_rows(probed, differences),
         kind=_kind,
-        confounds=next((result.confounds for result in results if result.confounds), []),
+        confounds=list(dict.fromkeys(name for result in results for name in result.confounds)),
         permutations=max((result.permutations for result in results), default=0),
         null="; ".join(dict.fromkeys(result.null for result in results if result.null)),
         bootstrap=any(found.boot_low is not None for result in results for found in result.metrics.values()),

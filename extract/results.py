@@ -86,7 +86,8 @@ class TargetResult:
         Scores of `metrics` minus those of `confound_metrics`, fold by fold, against a chance of 0; empty without
         confounds.
     p_value, permutations, null
-        Of the permutation test, how many permutations, and what it tests; None, 0 and "" without.
+        Of the permutation test, how many permutations, and what it tests; None, 0 and "" without. The p value is None,
+        and `null` says why, where hardly any label can be exchanged.
     fold_scores
         Metric -> (repeat x fold,) scores of the test folds, repeat after repeat: for paired comparisons.
     test_to_train

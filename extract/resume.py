@@ -26,7 +26,7 @@ from extract.blocks import (
     write_block,
 )
 from extract.distributed import Group
-from extract.embeddings import check_suffix, read_tables, remove_unfinished
+from extract.embeddings import check_replaceable, check_suffix, read_tables, remove_unfinished
 from extract.encoder import Encoder, describe
 from extract.run import encode, fitting_batch_size, provenance, scans_table, wanted_rows
 from extract.timing import Timing, add_up
@@ -78,15 +78,18 @@ class _Plan:
         int64, rows of the store that are to be embedded, cut into blocks in this order.
     first_number
         Of the blocks.
+    settings
+        What the first process makes features with, see `_settings`.
     """
 
     rows: np.ndarray
     batch_size: int
     first_number: int
+    settings: dict[str, Any]
 
     def share(self, group: Group) -> list[tuple[int, np.ndarray]]:
         """Return number and rows of the blocks of one process: the processes take turns."""
-        step = scans_per_block(self.batch_size)
+        step = scans_per_block(self.batch_size, -(-len(self.rows) // group.size))
         starts = range(0, len(self.rows), step)
         blocks = [(self.first_number + k, self.rows[start : start + step]) for k, start in enumerate(starts)]
         return blocks[group.rank :: group.size]
@@ -119,7 +122,7 @@ def extract_to(
     store, encoder, backend, batch_size, threads
         See `extract.run.extract`. The batch size of a run that goes on is by default that of the one before.
     overwrite
-        Replace the file, and unfinished work for another one.
+        Replace the file, if it is an embedding file, and unfinished work for another one.
     group
         The processes that share the work, see `extract.distributed`; each calls this. By default this one alone.
     on_plan
@@ -135,7 +138,8 @@ def extract_to(
     Raises
     ------
     StoreError
-        If the file or the unfinished work is of another store or encoder, or another run writes it.
+        If the file or the unfinished work is of another store or encoder, or another run writes it; if what is there
+        is no embedding file, or is the store itself; if the processes have different stores or encoders.
     ValueError
         As `extract.run.extract` does; also if no scan at all can be read.
     """
@@ -149,12 +153,17 @@ def extract_to(
         plan: _Plan | None = None
         with group.first_here():
             volumes = open_store(store)
+            _refuse_the_store(out, volumes)
             wanted = scans_table(volumes, wanted_rows(volumes))
             if group.rank == 0:
                 held.enter_context(store_lock(out))
-                had, plan = _prepare(out, volumes, wanted, encoder, batch_size, overwrite=overwrite)
+                had, plan = _prepare(out, volumes, wanted, encoder, batch_size, group, overwrite=overwrite)
         plan = group.tell(plan)
         assert plan is not None
+        _refuse_others(
+            _settings(volumes, encoder), plan.settings, f"process {group.rank} differs from process 0: it has",
+            "give all processes of a run the same options and files",
+        )  # fmt: skip
         _embed(plan, volumes, wanted, encoder, parts, group, backend, threads, timing, on_plan, on_batch)
         timings = group.gather(timing)
         if group.rank:
@@ -180,20 +189,41 @@ def extract_to(
     )
 
 
+def _settings(volumes: VolumeStore, encoder: Encoder) -> dict[str, Any]:
+    """Return all that decides about the features of a scan, as it comes back from a file."""
+    return plain({"store_id": volumes.attrs["store_id"], **describe(encoder)})
+
+
+def _refuse_the_store(out: Path, volumes: VolumeStore) -> None:
+    if isinstance(volumes.path, Path) and out.resolve().is_relative_to(volumes.path.resolve()):
+        raise StoreError(f"{out} is the store {volumes.path}, or in it, and not replaced; choose another name")
+
+
 def _prepare(
-    out: Path, volumes: VolumeStore, wanted: pd.DataFrame, encoder: Encoder, batch_size: int | None, *, overwrite: bool
+    out: Path,
+    volumes: VolumeStore,
+    wanted: pd.DataFrame,
+    encoder: Encoder,
+    batch_size: int | None,
+    group: Group,
+    *,
+    overwrite: bool,
 ) -> tuple[OldFile | None, _Plan]:
     """Look at what is there and find out what is to be done. Only for the process that holds the lock."""
     remove_unfinished(out)
     parts = parts_path(out)
-    settings = plain({"store_id": volumes.attrs["store_id"], **describe(encoder)})
+    settings = _settings(volumes, encoder)
     had = None
-    if out.exists() and not overwrite:
+    if overwrite:
+        check_replaceable(out)
+    elif out.exists():
         tables = read_tables(out)
+        made_from = tables.attrs.get("store")
         made_with = {key: tables.attrs.get(key) for key in settings} | {
-            "store_id": (tables.attrs.get("store") or {}).get("id")
+            "store_id": made_from.get("id") if isinstance(made_from, dict) else None
         }
-        _refuse_others(made_with, settings, f"{out} exists and was made with", "replace it")
+        remedy = "add --overwrite to replace it, or choose another name"
+        _refuse_others(made_with, settings, f"{out} exists and was made with", remedy)
         had = OldFile(out, tables, _old_places(wanted, tables.scans))
     unfinished = read_settings(parts)
     if unfinished is not None:
@@ -202,7 +232,10 @@ def _prepare(
             remove_parts(parts)
             unfinished = None
         else:
-            _refuse_others(made_with, settings, f"{parts} is of an unfinished run with", "give that up")
+            remedy = "add --overwrite to give that up, or choose another name"
+            if had is not None:  # which --overwrite would cost
+                remedy = f"remove {parts} to go on with {out}, which is of this one"
+            _refuse_others(made_with, settings, f"{parts} is of an unfinished run with", remedy)
     missing = np.ones(len(wanted), np.bool_) if had is None else had.place < 0
     finished = read_finished(parts) if unfinished is not None else None
     tried: list[int] = []
@@ -215,10 +248,10 @@ def _prepare(
     if batch_size is None:
         batch_size = int((unfinished or {}).get("batch_size", 0))
     if not batch_size:
-        batch_size = fitting_batch_size(volumes, encoder, max(1, len(rows)))
+        batch_size = fitting_batch_size(volumes, encoder, max(1, -(-len(rows) // group.size)))
     if len(rows):
         start_parts(parts, {**settings, "batch_size": batch_size})
-    return had, _Plan(rows, batch_size, 0 if finished is None else finished.next_number)
+    return had, _Plan(rows, batch_size, 0 if finished is None else finished.next_number, settings)
 
 
 def _old_places(wanted: pd.DataFrame, had: pd.DataFrame) -> np.ndarray:
@@ -228,11 +261,11 @@ def _old_places(wanted: pd.DataFrame, had: pd.DataFrame) -> np.ndarray:
     return same_scans(wanted, had)
 
 
-def _refuse_others(made_with: dict[str, Any], settings: dict[str, Any], what: str, aim: str) -> None:
+def _refuse_others(made_with: dict[str, Any], settings: dict[str, Any], what: str, remedy: str) -> None:
     differing = [key for key in settings if made_with[key] != settings[key]]
     if differing:
         words = "; ".join(f"{key} {json.dumps(made_with[key])}, not {json.dumps(settings[key])}" for key in differing)
-        raise StoreError(f"{what} {words}; add --overwrite to {aim}, or choose another name")
+        raise StoreError(f"{what} {words}; {remedy}")
 
 
 def _embed(

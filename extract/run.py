@@ -118,13 +118,14 @@ def encode(
     Raises
     ------
     ValueError
-        If features are no finite numbers; ShardError if a scan cannot be read, unless it is to be skipped.
+        If features are no finite numbers; ShardError if a scan cannot be read. Neither of a scan that is to be
+        skipped, unless it is so for all that a batch could read.
     """
     encoder.check(volumes.grid.shape_zyx)
     view, slices = _what_to_load(volumes, encoder)
     clock = ComputeClock(encoder.device, timing)
     begun = time.perf_counter()
-    waiting: tuple[np.ndarray, torch.Tensor, dict[int, str]] | None = None
+    waiting: _Batch | None = None
     with open_loader(
         volumes, rows=rows, view=view, slices=slices, batch_size=batch_size, backend=backend, device=encoder.device,
         threads=threads, on_error=on_error, rank=0, world_size=1,
@@ -140,32 +141,56 @@ def encode(
                 images = torch.cat([images, images.new_zeros((batch_size - len(images), *images.shape[1:]))])
             with clock.running():
                 features = encoder(images, cut=bool(slices))[: len(batch.rows)]
-            if waiting:  # a GPU is at work on this batch while we wait for the one before
-                yield _finish(*waiting, encoder, timing)
             reasons = {row: loader.skipped[row] for row in batch.rows[~batch.valid].tolist()}
-            waiting = batch.rows, features, reasons
+            started = _start_fetching(batch.rows, features, reasons)
+            if waiting:  # a GPU is at work on this batch while the one before is written
+                yield _finish(waiting, encoder, timing, skip=on_error == "skip")
+            waiting = started
             timing.take(loader.timing)
             timing.elapsed = time.perf_counter() - begun
         if waiting:
-            yield _finish(*waiting, encoder, timing)
+            yield _finish(waiting, encoder, timing, skip=on_error == "skip")
         clock.settle()
         timing.elapsed = time.perf_counter() - begun
 
 
-def _finish(
-    rows: np.ndarray, features: torch.Tensor, skipped: dict[int, str], encoder: Encoder, timing: Timing
-) -> Encoded:
-    """Fetch the features of a batch, without those of scans that were left out."""
-    there = ~np.isin(rows, list(skipped))
-    rows, found = rows[there], features.cpu().numpy()[there]
-    strange = ~np.isfinite(found).all(axis=1)
+@dataclass(frozen=True)
+class _Batch:
+    """Features on their way to the host; they are there when `fetched` has happened, or already without one."""
+
+    rows: np.ndarray
+    features: torch.Tensor
+    skipped: dict[int, str]
+    fetched: torch.cuda.Event | None
+
+
+def _start_fetching(rows: np.ndarray, features: torch.Tensor, skipped: dict[int, str]) -> _Batch:
+    """Have a GPU copy features to the host as soon as it has them, before anything else that it is told to do."""
+    if not features.is_cuda:
+        return _Batch(rows, features, skipped, None)
+    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    host.copy_(features, non_blocking=True)
+    fetched = torch.cuda.Event()
+    fetched.record(torch.cuda.current_stream(features.device))
+    return _Batch(rows, host, skipped, fetched)
+
+
+def _finish(batch: _Batch, encoder: Encoder, timing: Timing, *, skip: bool) -> Encoded:
+    """Wait for the features of a batch, and leave out scans that could not be read or, if asked to, encoded."""
+    if batch.fetched is not None:
+        batch.fetched.synchronize()
+    features, skipped = batch.features.numpy(), dict(batch.skipped)
+    there = ~np.isin(batch.rows, list(skipped))
+    strange = there & ~np.isfinite(features).all(axis=1)
     if strange.any():
-        raise ValueError(
-            f"features of {strange.sum()} scans, the first of them row {rows[strange][0]}, are no finite numbers: "
-            f"{encoder.weights.name} weights do not work in {encoder.precision}"
-        )
-    timing.scans += len(rows)
-    return Encoded(rows, found, skipped)
+        reason = f"no finite numbers: {encoder.weights.name} weights do not work in {encoder.precision}"
+        if not skip or (strange == there).all():
+            first = batch.rows[strange][0]
+            raise ValueError(f"features of {strange.sum()} scans, the first of them row {first}, are {reason}")
+        skipped |= dict.fromkeys(batch.rows[strange].tolist(), f"features are {reason}")
+        there &= ~strange
+    timing.scans += int(there.sum())
+    return Encoded(batch.rows[there], features[there], skipped)
 
 
 def _what_to_load(volumes: VolumeStore, encoder: Encoder) -> tuple[View, list[int]]:

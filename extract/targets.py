@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from extract.embeddings import Embeddings
-from extract.folds import class_strata
 from ingest.dictionary import BY_NAME, TASKS, VARIABLES
 
 #: Fewer people than this who have a value: too few to say anything.
@@ -18,7 +19,12 @@ MIN_PARTICIPANTS = 20
 MIN_CLASS_PER_FOLD = 2
 
 CLASSIFICATIONS = ("binary", "multiclass")
-_MAX_INFERRED_CODES = 10
+#: Different whole numbers at most that may be codes.
+MAX_CODES = 10
+
+_MOST_DIGITS = 17  # tell any two float64 apart
+
+_Option = TypeVar("_Option")
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,23 @@ def column_of(embeddings: Embeddings, name: str, beside: Sequence[str] = ()) -> 
     return same[0]
 
 
+def by_column(
+    embeddings: Embeddings, options: Mapping[str, _Option] | None, columns: Sequence[str]
+) -> dict[str, _Option]:
+    """Return options that are given by name or alias by column instead: those of some columns."""
+    found = {column_of(embeddings, name): option for name, option in (options or {}).items()}
+    return {column: option for column, option in found.items() if column in columns}
+
+
+def label_names(codes: Sequence[float] | np.ndarray, labels: Mapping[str, str] | None) -> list[str]:
+    """Return a name for each code: its label, with the code where others have it too; the code if it has none."""
+    labels = labels or {}
+    texts = [str(int(code)) if code == int(code) else str(float(code)) for code in codes]
+    names = [str(labels.get(text, text)) for text in texts]
+    taken = Counter([*map(str, labels.values()), *(text for text in texts if text not in labels)])
+    return [name if taken[name] == 1 else f"{name} ({text})" for name, text in zip(names, texts, strict=True)]
+
+
 def infer_task(values: np.ndarray, labels: object = None) -> str:
     """Guess the task of a variable of which nothing is said.
 
@@ -112,7 +135,7 @@ def infer_task(values: np.ndarray, labels: object = None) -> str:
     distinct = np.unique(values)
     if len(distinct) == 2:
         return "binary"
-    if 2 < len(distinct) <= _MAX_INFERRED_CODES and np.all(distinct == np.round(distinct)):
+    if 2 < len(distinct) <= MAX_CODES and np.all(distinct == np.round(distinct)):
         if labels:
             return "multiclass"
         if distinct[0] >= 0:
@@ -133,6 +156,7 @@ def read_targets(
     tasks: Mapping[str, str],
     bins: Mapping[str, int | tuple[float, ...]],
     people: np.ndarray,
+    beside: Sequence[str] = (),
 ) -> list[Target]:
     """Return the targets with their tasks: as asked, else by `known_task`; those in bins become classes.
 
@@ -144,17 +168,19 @@ def read_targets(
         By name or alias, of some of them; see `extract.probe_settings.ProbeSettings`.
     people
         int, (scan,).
+    beside
+        Columns of confounds, for which tasks may be given, too.
 
     Raises
     ------
     ValueError
         If a task is unknown, or a task or bins are given for what is no target.
     """
-    asked = {column_of(embeddings, name): task for name, task in tasks.items()}
-    binned = {column_of(embeddings, name): edges for name, edges in bins.items()}
-    for what, columns in (("a task is", asked), ("bins are", binned)):
+    everything = [str(column) for column in embeddings.phenotypes.columns]
+    asked, binned = by_column(embeddings, tasks, everything), by_column(embeddings, bins, everything)
+    for what, columns, known in (("a task is", asked, [*names, *beside]), ("bins are", binned, names)):
         for column in columns:
-            if column not in names:
+            if column not in known:
                 raise ValueError(f"{what} given for {column!r}, which is not among the targets: {', '.join(names)}")
     return [_read_target(embeddings, name, asked.get(name), binned.get(name), people) for name in names]
 
@@ -167,6 +193,8 @@ def _read_target(
     present = ~np.isnan(values)
     known = attrs.get("labels") or {}
     units, note = attrs.get("units"), ""
+    if bins is not None and np.isinf(values).any():
+        return Target(name, asked or "multiclass", values, units=units, reason=_unfit(values[present], "", 0))
     if bins is not None and present.any():
         values, known, note = _bin(values, bins, people)
         if len(known) < 2:
@@ -181,11 +209,10 @@ def _read_target(
     if reason or task not in CLASSIFICATIONS:
         return Target(name, task, values, units=units, note=note, reason=reason)
     found, codes = np.unique(values[present], return_inverse=True)
-    labels = [str(known.get(f"{code:g}", f"{code:g}")) for code in found]
+    labels = label_names(found, known)
     values = values.copy()
     values[present] = codes
-    who = np.unique(people[present], return_inverse=True)[1]
-    sizes = np.bincount(class_strata(codes, who), minlength=len(labels))
+    sizes = np.bincount(np.unique(np.stack([people[present], codes]), axis=1)[1])  # people who are ever of a class
     if sizes.min() < 2 * MIN_CLASS_PER_FOLD:
         reason = (
             f"class {labels[int(sizes.argmin())]!r} has {sizes.min()} participants, at least "
@@ -206,16 +233,25 @@ def _bin(
     if isinstance(bins, int):
         who = np.unique(people[present], return_inverse=True)[1]
         means = np.bincount(who, weights=values[present]) / np.bincount(who)
-        quantiles = np.quantile(means, np.arange(1, bins) / bins)
-        edges = np.unique([float(f"{edge:.4g}") for edge in quantiles])  # as they are named
+        edges = _few_digits(np.unique(np.quantile(means, np.arange(1, bins) / bins)), np.unique(values[present]))
         kind = f"{bins} quantile classes of all people"
     else:
         edges, kind = np.array(bins, dtype=np.float64), "classes"
     codes = np.where(present, np.searchsorted(edges, values, side="right"), np.nan)
-    ends = [f"{edge:.10g}" for edge in edges]
+    ends = [str(int(edge)) if edge == int(edge) else str(edge) for edge in edges.tolist()]
     names = [f"<{ends[0]}", *(f"{a}-{b}" for a, b in itertools.pairwise(ends)), f">={ends[-1]}"]
     labels = {str(code): name for code, name in enumerate(names) if np.any(codes == code)}
     return codes, labels, f"{kind} with edges at {', '.join(ends)}"
+
+
+def _few_digits(edges: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Round edges to the fewest digits that leave every value in its class."""
+    classes = np.searchsorted(edges, values, side="right")
+    for digits in range(1, _MOST_DIGITS):
+        rounded = np.array([float(f"{edge:.{digits}g}") for edge in edges])
+        if np.array_equal(np.searchsorted(rounded, values, side="right"), classes):
+            return rounded
+    return edges
 
 
 def _unfit(values: np.ndarray, task: str, participants: int) -> str:

@@ -67,7 +67,7 @@ class Timing:
     def to_json(self) -> dict[str, float]:
         """Return the seconds of each stage."""
         stages = ("read", "decode", "copy", "wait", "compute", "write")
-        return {stage: round(getattr(self, stage), 3) for stage in stages} | {"threads": self.threads}
+        return {stage: round(getattr(self, stage), 6) for stage in stages} | {"threads": self.threads}
 
     def in_words(self) -> str:
         """Return one line for people."""
@@ -89,9 +89,8 @@ class ComputeClock:
     """Times the network: on a GPU by its own clock and without waiting for it, else by the clock."""
 
     def __init__(self, device: torch.device, timing: Timing) -> None:
-        self._device = device
         self._timing = timing
-        self._gpu = loading.GpuStopwatch() if device.type == "cuda" else None
+        self._gpu = loading.GpuStopwatch(device) if device.type == "cuda" else None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -100,7 +99,7 @@ class ComputeClock:
             with self._timing.adding("compute"):
                 yield
             return
-        with torch.cuda.device(self._device), self._gpu.running():  # events belong to the device that is current
+        with self._gpu.running():
             yield
         self.settle()
 

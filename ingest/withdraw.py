@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -34,6 +35,9 @@ from ingest.store import (
 
 #: What every page that this package writes begins with.
 _REPORT_MARK = b'<meta name="generator" content="brain-volumes'
+
+_CHECKSUM = re.compile("[0-9a-f]{32,}")  # or the random id of a store
+_LONG_ID, _SHORT_ID = 6, 3  # characters
 
 #: What is left of a scan: its row, so that all others keep their numbers. No identity, no numbers.
 TOMBSTONE = ScanRow(participant="", session="", modality="", source="", status="withdrawn")
@@ -120,7 +124,7 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
         If a store is none, or another process writes to it. All are looked at before the first is touched.
     """
     people = read_withdrawals(list_file)
-    kinds = [(_kind(as_place(store)), as_place(store)) for store in stores]
+    kinds = [(_kind(place), place) for place in map(_followed, stores)]
     kinds.sort(key=lambda pair: pair[0] == "report")  # one that is being made looks at its store when it is written
     removals = []
     for kind, store in kinds:
@@ -137,11 +141,21 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
     )
 
 
+def _followed(store: str | Place) -> Place:
+    """Return where a store is, behind all links: what they lead to is what must lose people."""
+    place = as_place(store)
+    return place.resolve() if isinstance(place, Path) else place
+
+
 def _kind(store: Place) -> str:
     from extract.blocks import parts_path  # the one place where ingest looks ahead: people must go everywhere
+    from extract.embeddings import remove_unfinished
 
-    if isinstance(store, Path) and not store.exists() and parts_path(store).exists():
-        return "embeddings"  # that an extract which was killed has not finished
+    if isinstance(store, Path) and not store.exists() and store.parent.is_dir():
+        with store_lock(store):
+            remove_unfinished(store)  # or it is put back, if an extract was killed when it had moved it aside
+        if parts_path(store).exists():
+            return "embeddings"  # that an extract which was killed has not finished
     if not store.exists():
         raise FileNotFoundError(f"no store at {store}")
     if isinstance(store, Path) and store.suffix == ".html":
@@ -199,13 +213,32 @@ def _remove_report(page: Path) -> Removal:
 
 
 def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
-    """Return attributes in which no id occurs: a source folder may have been named after one person."""
-    text = json.dumps(attrs)
+    """Return attributes in whose texts no id occurs: a source folder may have been named after one person.
+
+    Numbers, keys and checksums stay as they are. Of ids of few characters only whole words are meant, or those after
+    ``sub-``, for they occur in version numbers, too.
+    """
+    patterns = []
     for person in sorted(people, key=len, reverse=True):
-        if len(person) > 3:  # shorter ones occur in numbers
-            text = text.replace(person, "withdrawn")
-    cleaned: dict[str, Any] = json.loads(text)
-    return cleaned
+        name = re.escape(person)
+        if len(person) >= _LONG_ID:
+            patterns.append(f"(?<![0-9]){name}(?![0-9])")
+        elif len(person) > _SHORT_ID:
+            patterns.append(f"(?<![0-9A-Za-z.]){name}(?![0-9A-Za-z]|[.][0-9])")
+        else:
+            patterns.append(f"(?<=sub-){name}(?![0-9A-Za-z])")
+    ids = re.compile("|".join(patterns)) if patterns else None
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
+        if ids is None or not isinstance(value, str) or _CHECKSUM.fullmatch(value):
+            return value
+        return ids.sub("withdrawn", value)
+
+    return {key: clean(item) for key, item in attrs.items()}
 
 
 def _from_embeddings(path: Path, people: frozenset[str]) -> list[Removal]:

@@ -161,7 +161,7 @@ def inflated_on_gpu(
         # At once: frames of slabs are a layout that other operators take for a video.
         return fn.reshape(inflated, shape=[slabs * planes, height, width, 1], layout="DHWC")
 
-    stopwatch = GpuStopwatch()
+    stopwatch = GpuStopwatch(device)
     # DALI writes to memory again when nobody refers to it, and knows nothing of what torch has put on its stream: a
     # batch is referred to until that has been done, and what the consumer gets is memory of torch's own.
     in_use: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
@@ -176,7 +176,7 @@ def inflated_on_gpu(
                     images = images.clone()
             if inflated.is_cuda:
                 done = torch.cuda.Event()
-                done.record()
+                done.record(torch.cuda.current_stream(device))
                 in_use.append((done, inflated))
             while in_use and in_use[0][0].query():
                 in_use.popleft()

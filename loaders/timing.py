@@ -66,18 +66,20 @@ class Timing:
 
 
 class GpuStopwatch:
-    """Times work on the current stream of a GPU by the GPU's clock, without waiting for it."""
+    """Times work on the current stream of a GPU, by default the current one, by its clock, without waiting for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._laps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Time what the body puts on the stream."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        stream = torch.cuda.current_stream(self._device)
+        begin.record(stream)
         yield
-        end.record()
+        end.record(stream)
         self._laps.append((begin, end))
 
     def seconds(self) -> float:

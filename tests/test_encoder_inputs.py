@@ -139,3 +139,28 @@ def test_slices_of_all_planes_may_have_one_size(store):
 def test_crops_and_sizes_that_make_no_sense_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         build_encoder(**{"weights": "random", **settings})
+
+
+def test_a_network_of_volumes_has_no_slices():
+    settings = {"weights": "random", "device": "cpu"}
+    few, many = (describe(build_encoder("r3d_18", **settings, slices=slices)) for slices in (1, 9))
+    assert few == many
+    assert few["slices"] is None
+    assert describe(build_encoder(**settings, slices=9))["slices"] == 9
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "words"),
+    [
+        ("foo", 0, "expected auto, cpu, cuda, or cuda:N"),
+        ("mps", 0, "expected auto, cpu, cuda, or cuda:N"),
+        ("cuda:-1", 2, "expected auto, cpu, cuda, or cuda:N"),
+        ("cuda", 0, "no GPU is at hand; use device 'cpu'"),
+        ("cuda:2", 2, "of 2 GPUs there is none with this number; use device 'cpu' or 'cuda'"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(monkeypatch, device, gpus, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=words):
+        build_encoder(weights="random", device=device)

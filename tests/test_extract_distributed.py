@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from small_store import make_store
 from extract import build_encoder, open_embeddings
 from extract.distributed import Group
 from extract.resume import _Plan, extract_to
+from ingest.errors import StoreError
 from ingest.shard import shard_path
 
 SCANS = 21
@@ -99,14 +101,75 @@ def test_a_process_that_dies_ends_the_run_and_the_next_one_goes_on(store, tmp_pa
     assert not (tmp_path / "e.npz.parts").exists()
 
 
-def test_what_fails_in_all_is_said_once(tmp_path):
-    done = run("-m", "extract.cli", tmp_path / "none.zarr", tmp_path / "f.h5", *SETTINGS)
-    assert done.returncode != 0
-    assert done.stderr.count("error: no store at") == 1
+@dataclass(frozen=True)
+class Told(Group):
+    """Two processes one after the other: the second is told what the first has said, and neither waits."""
+
+    size: int = 2
+    said: list = field(default_factory=list)
+
+    def tell(self, what):
+        if self.rank:
+            return self.said.pop(0)
+        self.said.append(what)
+        return what
+
+    def gather(self, _):
+        raise EOFError("all blocks are written")
+
+
+def test_a_process_with_another_encoder_ends_the_run(store, tmp_path):
+    first = Told()
+    with pytest.raises(EOFError):
+        extract_to(tmp_path / "e.h5", store, build_encoder(**ENCODER), batch_size=1, group=first)
+    said = list(first.said)
+    with pytest.raises(EOFError):
+        extract_to(tmp_path / "e.h5", store, build_encoder(**ENCODER), group=Told(1, said=said))
+    written = len(list((tmp_path / "e.h5.parts").glob("*.npz")))
+    other = build_encoder(**ENCODER | {"slices": 2})
+    with pytest.raises(
+        StoreError, match="process 1 differs from process 0: it has slices 2, not 1; give all processes"
+    ):
+        extract_to(tmp_path / "e.h5", store, other, group=Told(1, said=list(first.said)))
+    assert len(list((tmp_path / "e.h5.parts").glob("*.npz"))) == written == 3
+
+
+def test_what_fails_in_the_first_is_not_said_by_the_others():
+    first = Told()
+    with pytest.raises(ValueError, match="no store"), first.first_here():
+        raise ValueError("no store")
+    with pytest.raises(SystemExit) as ended, Told(1, said=first.said).first_here():
+        raise AssertionError("the second has nothing to do")
+    assert ended.value.code == 1
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert Group(5, 8, 1).device("auto") == Group(1, 2, 1).device("cuda") == "cuda:1"
+    assert Group(0, 2, 0).device("cpu") == "cpu"
+    assert Group(0, 2, 0).device("cuda:1") == "cuda:1"
+    assert Group().device("auto") == "auto"
+    assert chosen == [1, 1]
+    with pytest.raises(ValueError, match=r"process 2 of this machine has no GPU .* use --nproc-per-node 2"):
+        Group(2, 4, 2).device("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Group(2, 4, 2).device("auto") == "auto"
+
+
+@pytest.mark.parametrize(("scans", "processes", "blocks"), [(20, 4, 5), (20, 1, 1), (3, 8, 3), (100, 2, 4)])
+def test_few_scans_are_work_for_all_processes(scans, processes, blocks):
+    batch_size = min(4, -(-scans // processes))
+    plan = _Plan(np.arange(scans), batch_size, 0, {})
+    shares = [plan.share(Group(rank, processes)) for rank in range(processes)]
+    assert sum(map(len, shares)) == blocks
+    assert sum(map(bool, shares)) == min(processes, blocks)
 
 
 def test_blocks_are_shared_out_without_rest():
-    plan = _Plan(np.arange(100), batch_size=4, first_number=7)
+    plan = _Plan(np.arange(100), batch_size=4, first_number=7, settings={})
     shares = [plan.share(Group(rank, 3)) for rank in range(3)]
     numbers = sorted(number for share in shares for number, _ in share)
     assert numbers == list(range(7, 11))

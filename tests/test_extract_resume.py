@@ -23,7 +23,7 @@ from extracting import DIED, SETTINGS, Server
 from small_store import SLAB, make_store
 
 from extract import build_encoder, extract, open_embeddings
-from extract.assemble import assemble
+from extract.assemble import _kept_provenance, assemble
 from extract.blocks import (
     parts_path,
     read_finished,
@@ -109,7 +109,7 @@ def test_killed_at_random_moments(killing, tmp_path):
     assert went_on, "no kill left finished blocks behind"
 
 
-def test_killed_before_every_step(killing, tmp_path):
+def test_killed_before_every_ninth_step(killing, tmp_path):
     server, store = killing
     assert server.run(store, tmp_path / "reference.zarr") == 0
     expected = content(tmp_path / "reference.zarr")
@@ -206,12 +206,52 @@ def test_what_is_of_another_run_is_refused_and_replaced_when_told(store, encoder
 
     parts = parts_path(out)
     start_parts(parts, {**read_tables_settings(out), "slices": 5})
-    with pytest.raises(StoreError, match=r"e.h5.parts is of an unfinished run with slices 5, not 2; add --overwrite"):
+    stray = r"e.h5.parts is of an unfinished run with slices 5, not 2; "
+    with pytest.raises(StoreError, match=stray + r"remove .*e\.h5\.parts to go on with .*e\.h5, which is of this one"):
+        extract_to(out, store, other)
+    out.unlink()
+    with pytest.raises(StoreError, match=stray + "add --overwrite to give that up"):
         extract_to(out, store, other)
     assert extract_to(out, store, other, overwrite=True).embedded == SCANS - 1
     content(out)
     with store_lock(out), pytest.raises(StoreError, match="is being written by process"):
         extract_to(out, store, other)
+
+
+def test_nothing_but_embeddings_is_overwritten(store, encoder, tmp_path, monkeypatch):
+    make_store(tmp_path / "other.zarr", 3)
+    (tmp_path / "notes.h5").write_text("precious")
+    (tmp_path / "link.zarr").symlink_to(store)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.chdir(tmp_path)
+    for out in ("other.zarr", "notes.h5"):
+        with pytest.raises(
+            StoreError, match=f"{out} exists and is not known to be an embedding file.*remove it yourself"
+        ):
+            extract_to(Path(out), store, encoder, overwrite=True)
+    for out in (store, Path("s.zarr"), Path("link.zarr"), store / "e.h5"):
+        for overwrite in (False, True):
+            with pytest.raises(StoreError, match=r"is the store .*s\.zarr, or in it, and not replaced"):
+                extract_to(out, store, encoder, overwrite=overwrite)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_of_another_version_of_the_encoding_nothing_is_kept(store, encoder, tmp_path, monkeypatch):
+    extract_to(tmp_path / "e.h5", store, encoder)
+    monkeypatch.setattr("extract.encoder.ENCODING_VERSION", 2)
+    with pytest.raises(StoreError, match="made with encoding_version 1, not 2"):
+        extract_to(tmp_path / "e.h5", store, encoder)
+
+
+def test_a_file_names_who_began_it_and_who_added_to_it_last():
+    old, new, newest = ({"brain-volumes": version} for version in "123")
+    had = {"created_by": old, "backend": "dali"}
+    now = {"created_by": new, "backend": "torch"}
+    assert _kept_provenance(had, now, grown=False) == had
+    grown = _kept_provenance(had, now, grown=True)
+    assert grown == {"created_by": old, "updated_by": new}
+    assert _kept_provenance(grown, {"created_by": newest}, grown=True) == {"created_by": old, "updated_by": newest}
+    assert _kept_provenance(had, {"created_by": old}, grown=True) == {"created_by": old}
 
 
 def read_tables_settings(out: Path) -> dict:

@@ -144,7 +144,7 @@ class Event:
     def __init__(self, **_: object) -> None:
         self.at = 0.0
 
-    def record(self) -> None:
+    def record(self, _: object = None) -> None:
         self.at = time.perf_counter()
 
     def query(self) -> bool:

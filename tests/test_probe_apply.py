@@ -12,7 +12,15 @@ import pandas as pd
 import pytest
 from embedded import make_embeddings
 
-from extract.apply import SavedProbe, apply_probe, encoder_of, load_probe, save_probe, write_predictions
+from extract.apply import (
+    SavedProbe,
+    apply_probe,
+    confound_warnings,
+    encoder_of,
+    load_probe,
+    save_probe,
+    write_predictions,
+)
 from extract.embeddings import Embeddings
 from extract.model import ProbeModel, refit
 from extract.probe_settings import ProbeSettings
@@ -107,6 +115,35 @@ def test_people_without_phenotypes_are_predicted(path, embeddings):
     )
 
 
+def test_confounds_of_new_people_are_matched_by_label_and_named_where_they_are_unknown(embeddings, tmp_path):
+    def at(codes: np.ndarray, labels: dict[str, str]) -> Embeddings:
+        variables = {**embeddings.variables, "site": {"task": "multiclass", "labels": labels, "confound": True}}
+        return replace(embeddings, phenotypes=embeddings.phenotypes.assign(site=codes), variables=variables)
+
+    sites = embeddings.phenotypes["site"].to_numpy()
+    fitted = at(sites, {"1": "Leeds", "2": "Oxford", "3": "York"})
+    save_probe(tmp_path / "m.json", fitted, [refit(fitted, "age", settings=ProbeSettings(confounds=("site", "sex")))])
+    saved = load_probe(tmp_path / "m.json")
+    expected = apply_probe(saved, fitted)["age"]
+    assert confound_warnings(saved, fitted) == []
+    renumbered = at(sites - 1, {"0": "Leeds", "1": "Oxford", "2": "York", "3": "Bath"})
+    np.testing.assert_array_equal(apply_probe(saved, renumbered)["age"], expected)
+    assert confound_warnings(saved, renumbered) == []
+
+    moved = np.where(np.arange(90) < 4, 3, sites - 1)
+    moved[4:6] = np.nan
+    strangers = replace(renumbered, phenotypes=renumbered.phenotypes.assign(site=moved))
+    missing, unseen = confound_warnings(saved, strangers)
+    assert missing.startswith("2 of 90 scans lack the confound site")
+    assert unseen.startswith("4 of 90 scans have a site that the probe was not fitted to ('Bath')")
+    found = apply_probe(saved, strangers)["age"]
+    np.testing.assert_array_equal(found[6:], expected[6:])
+    assert found.between(20, 110).all()  # years: no coefficient has run away
+    nowhere = replace(strangers, phenotypes=strangers.phenotypes.assign(site=np.nan))
+    with pytest.raises(ValueError, match="'site' is missing in every scan; add its values, or probe without it"):
+        apply_probe(saved, nowhere)
+
+
 @pytest.mark.parametrize(
     ("attrs", "words"),
     [
@@ -165,6 +202,8 @@ def test_predictions_are_tables(path, embeddings, tmp_path):
         write_predictions(tmp_path / "folder.csv", predictions)
     with pytest.raises(StoreError, match=r"'\.pkl'; a probe is saved as \.json"):
         save_probe(tmp_path / "p.pkl", embeddings, [])
+    with pytest.raises(ValueError, match="models of nothing"):
+        save_probe(tmp_path / "p.json", embeddings, [])
 
 
 class Explosive:
@@ -187,6 +226,7 @@ def hostile_files(path: Path) -> dict[str, tuple[str | bytes, str]]:
     without = {key: value for key, value in json.loads(path.read_text()).items() if key != "features"}
     ragged = model(path, coefficients=[[1.0], [1.0, 2.0]])
     confounds = {**model(path)["confounds"], "coefficients": [[1.0]]}
+    labels = {**model(path)["confounds"], "labels": [["1", "2"]]}
     return {
         "pickle": (pickle.dumps(Explosive()), "is no saved probe"),
         "npz": (b"PK\x03\x04" + b"\x93NUMPY" * 9, "is no saved probe"),
@@ -210,6 +250,7 @@ def hostile_files(path: Path) -> dict[str, tuple[str | bytes, str]]:
         "a word": (edited(path, models=[model(path, coefficients=[["x"]] * 25)]), "is damaged"),
         "a class": (edited(path, models=[model(path, labels=["a"])]), "two or more"),
         "confounds": (edited(path, models=[model(path, confounds=confounds)]), "coefficients of confounds"),
+        "labels": (edited(path, models=[model(path, confounds=labels)]), "3 categories of site have 2 labels"),
         "a layer": (edited(path, layer=["x"]), "expected a name"),
         "an encoder": (edited(path, encoder=3), "is damaged"),
     }  # fmt: skip

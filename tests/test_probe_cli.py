@@ -156,6 +156,33 @@ def test_models_are_saved_and_applied(run, folder):
     assert round(model.score.score, 4) == document["targets"][0]["score"]
 
 
+def test_nothing_to_save_is_an_error(run, folder):
+    code, out, err = run("2d.h5", "--targets", "age", "--bins", "age=200,", "--save", "none.json", "--json")
+    assert code == 1
+    assert json.loads(out)["save"] is None
+    assert err == "error: every target was skipped, so there is no model for none.json\n"
+    assert not (folder / "none.json").exists()
+
+
+def test_what_is_unknown_of_confounds_is_said(run, folder):
+    cohort = open_embeddings(folder / "2d.h5")
+    scanner = np.arange(120) % 3 + 1.0
+    write_embeddings(folder / "scanner.h5", replace(cohort, phenotypes=cohort.phenotypes.assign(scanner=scanner)))
+    options = ("scanner.h5", "--targets", "age", "--confounds", "scanner", "--repeats", 1)
+    code, _, err = run(*options)
+    assert code == 0
+    assert err.startswith("warning: the confound scanner has 3 different whole numbers")
+    code, _, err = run(*options, "--task", "scanner=multiclass", "--save", "scanner.json")
+    assert (code, err) == (0, "")
+    scanner[:2] = 7, np.nan
+    write_embeddings(folder / "scanner.h5", replace(cohort, phenotypes=cohort.phenotypes.assign(scanner=scanner)))
+    code, _, err = run("apply", "scanner.json", "scanner.h5", "scanner.csv")
+    assert code == 0
+    missing, unseen = err.splitlines()
+    assert missing.startswith("warning: 1 of 120 scans lack the confound scanner")
+    assert unseen.startswith("warning: 1 of 120 scans have a scanner that the probe was not fitted to ('7')")
+
+
 def test_a_saved_layer_is_the_one_applied_to(run, folder):
     assert run("2d.h5", "--targets", "age", "--repeats", 1, "--layer", "avgpool", "--save", "l.json")[0] == 0
     assert run("apply", "l.json", "2d.h5", "l.csv")[0] == 0
@@ -176,6 +203,8 @@ def test_a_saved_layer_is_the_one_applied_to(run, folder):
         (["2d.h5", "--bins", "age"], 2, ["NAME=N"]),
         (["2d.h5", "--confounds", "height"], 1, ["height"]),
         (["2d.h5", "--groups", "kin.csv"], 1, ["kin.csv"]),
+        (["2d.h5", "--kinship", "0.1"], 1, ["kinship=0.1 needs groups"]),
+        (["2d.h5", "--groups", "site", "--kinship", "0.1"], 1, ["kinship=0.1 needs groups", "'site'"]),
         (["apply", "none.json", "2d.h5", "p.csv"], 1, ["no saved probe at none.json"]),
         (["apply", "2d.h5", "2d.h5", "p.csv"], 1, ["2d.h5 is no saved probe"]),
         (["apply", "none.json", "2d.h5", "p.txt"], 1, [".csv, .parquet"]),

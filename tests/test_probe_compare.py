@@ -126,6 +126,20 @@ def test_each_is_what_it_is_alone_on_those_scans(good, bad):
         assert one.results[0].metrics == probe(aligned[one.name], ["age"], settings=ONCE)[0].metrics
 
 
+def test_confounds_are_the_same_in_any_space(good):
+    rng = np.random.default_rng(3)
+    scans = good.scans.assign(brain_voxels=rng.normal(1.2e6, 1e5, 110), head_scale=rng.normal(1.3, 0.1, 110))
+    native = replace(good, scans=scans)
+    mni = replace(native, attrs={**good.attrs, "store": {"grid": {"space": "MNI152", "voxel_mm": 1.0}}})
+    settings = ProbeSettings(repeats=1, confounds=("brain_volume",))
+    probed = probe_all(align({"native": native, "mni": mni})[0], ["age"], settings=settings, curve=[30])
+    first, second = (one.results[0] for one in probed)
+    assert first.confound_metrics == second.confound_metrics
+    assert first.metrics == second.metrics
+    assert probed[0].curves["age"].points[0] == probed[1].curves["age"].points[0]
+    assert first.confound_metrics == probe(native, ["age"], settings=settings)[0].confound_metrics
+
+
 def test_what_was_skipped_has_no_difference(good):
     few = replace(good, phenotypes=good.phenotypes.assign(age=np.nan))
     aligned, warnings = align({"a": few, "b": few})

@@ -8,7 +8,14 @@ from embedded import make_cohort, make_embeddings
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from extract.confounds import ConfoundValues, fit_coding, fit_residualiser, read_confounds
+from extract.confounds import (
+    ConfoundValues,
+    fit_coding,
+    fit_residualiser,
+    match_confounds,
+    number_warnings,
+    read_confounds,
+)
 from extract.probe import probe
 from extract.probe_settings import ProbeSettings
 from extract.scores import pearson
@@ -133,6 +140,65 @@ def test_a_feature_that_confounds_explain_whole_says_nothing_more():
     np.testing.assert_allclose(
         np.linalg.lstsq(np.column_stack([columns, np.ones(50)]), rest[:, 1])[0][:2], 0, atol=1e-12
     )
+
+
+def test_columns_that_depend_on_each_other_are_a_least_squares_problem_like_any():
+    rng = np.random.default_rng(0)
+    n = 4000
+    age, volume = rng.normal(62, 8, n), rng.normal(1.2e6, 1e5, n)
+    gone = rng.random(n) < 0.02  # two confounds are missing in the same scans, so their indicators are the same
+    age[gone], volume[gone] = np.nan, np.nan
+    site = rng.integers(1, 5, n).astype(float)
+    values = np.column_stack([site, age, volume])
+    coding = fit_coding(ConfoundValues(("site", "age", "volume"), (True, False, False), values))
+    columns = coding.encode(values)
+    features = rng.normal(size=(n, 3)) + columns[:, :1] + (columns[:, 4:5] - 62) / 8
+    residualiser = fit_residualiser(features, columns)
+    rest = residualiser.apply(features, columns)
+    design = np.column_stack([np.ones(n), (columns - columns.mean(axis=0)) / columns.std(axis=0)])
+    expected = features - design @ np.linalg.lstsq(design, features, rcond=1e-10)[0]
+    np.testing.assert_allclose(rest - rest.mean(axis=0), expected, atol=1e-9)
+    assert np.abs(residualiser.coefficients * columns.std(axis=0)[:, None]).max() < 2
+    strange = coding.encode(np.array([[9.0, 62.0, 1.2e6]]))  # of a site that training has not seen
+    assert np.abs(residualiser.apply(np.zeros((1, 3)), strange)).max() < 5
+
+
+def test_categories_are_matched_by_label():
+    labels = ({"0": "Leeds", "1": "Oxford", "2": "York"},)
+    coding = fit_coding(ConfoundValues(("site",), (True,), np.array([[0.0], [1], [2]]), labels))
+    elsewhere = ConfoundValues(
+        ("site",), (True,), np.array([[1.0], [0], [2], [np.nan]]), ({"0": "Bath", "1": "Leeds", "2": "York"},)
+    )
+    values, warnings = match_confounds(coding, elsewhere)
+    np.testing.assert_array_equal(coding.encode(values), [[1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]])
+    assert warnings == [
+        "1 of 4 scans lack the confound site; the mean of those that the probe was fitted to is taken",
+        "1 of 4 scans have a site that the probe was not fitted to ('Bath'); it is taken as none of those known",
+    ]
+    assert match_confounds(coding, ConfoundValues(("site",), (True,), np.array([[1.0]]), labels))[1] == []
+
+
+def test_numbers_that_are_codes_become_categories_by_their_task():
+    rng = np.random.default_rng(0)
+    table = {"scanner": rng.integers(1, 4, 90), "y": rng.normal(size=90), "sex": rng.integers(0, 2, 90)}
+    embeddings = make_embeddings(rng.normal(size=(90, 5)), table, variables={"scanner": {"confound": True}})
+    numbers = read_confounds(embeddings, ["scanner", "sex"])
+    assert numbers.categorical == (False, False)
+    (warning,) = number_warnings(embeddings, numbers, {})
+    assert "scanner has 3 different whole numbers" in warning
+    assert "--task scanner=multiclass" in warning
+    tasks = {"scanner": "multiclass"}
+    codes = read_confounds(embeddings, ["scanner", "gender"], tasks)
+    assert codes.categorical == (True, False)
+    assert number_warnings(embeddings, codes, tasks) == []
+    assert number_warnings(embeddings, numbers, {"scanner": "continuous"}) == []
+    settings = ProbeSettings(repeats=1, confounds=("scanner",))
+    linear, coded = (probe(embeddings, ["y"], tasks=of, settings=settings)[0] for of in ({}, tasks))
+    embeddings.variables["scanner"] = {"task": "multiclass", "confound": True}
+    assert coded.confound_metrics == probe(embeddings, ["y"], settings=settings)[0].confound_metrics
+    assert coded.confound_metrics != linear.confound_metrics
+    with pytest.raises(ValueError, match="'nominal' of 'scanner' is unknown"):
+        read_confounds(embeddings, ["scanner"], {"scanner": "nominal"})
 
 
 def test_sites_that_only_one_side_has_are_allowed():

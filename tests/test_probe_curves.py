@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,22 @@ def test_sizes_double_until_nearly_everyone():
 
 def test_curves_of_nothing_are_empty(cohort):
     assert learning_curves(cohort, [TargetResult("age", "binary", "skipped", 0, 0)], [50]) == {}
+
+
+def test_tasks_and_bins_go_with_their_targets_by_any_name(cohort):
+    variables = {**cohort.variables, "gender": {"task": "binary"}}
+    table = cohort.phenotypes.rename(columns={"sex": "gender"})
+    named = replace(cohort, phenotypes=table.assign(rare=np.where(np.arange(150) < 50, table["rare"], np.nan)))
+    named = replace(named, variables=variables)
+    settings = ProbeSettings(repeats=1, bins={"age": (62.0,), "rare": 2}, confounds=("gender",))
+    tasks = {"sex": "ordinal"}
+    results = probe(named, ["age", "gender", "rare"], tasks=tasks, settings=settings)
+    assert [result.status for result in results] == ["ok"] * 3
+    found = learning_curves(named, results, [60], tasks=tasks, settings=settings)
+    assert set(found["rare"].missing) == {60}  # its bins are not those of a target at this size
+    assert {name: curve.metric for name, curve in found.items()} == {"age": "auc", "gender": "r", "rare": "auc"}
+    (expected,) = probe(named, ["gender"], tasks=tasks, settings=ProbeSettings(repeats=1, train_people=60))
+    assert found["gender"].points[0].interval == expected.headline
 
 
 def test_progress_is_planned_and_ends_there(cohort):

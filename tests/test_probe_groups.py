@@ -43,7 +43,7 @@ def test_relatives_are_connected_components(tmp_path, kinship, families):
 )
 def test_families_by_number(tmp_path, text):
     (tmp_path / "families.txt").write_text(text)
-    together = read_groups(people_of(), str(tmp_path / "families.txt"), 0.0442).together
+    together = read_groups(people_of(), str(tmp_path / "families.txt")).together
     assert together[0] == together[4]
     assert len(set(together)) == 9
 
@@ -62,20 +62,63 @@ def test_families_by_number(tmp_path, text):
 def test_tables_that_are_none_are_refused(tmp_path, text, words):
     (tmp_path / "table.csv").write_text(text)
     with pytest.raises(ValueError, match=r"\w") as caught:
-        read_groups(people_of(), tmp_path / "table.csv", 0.0442)
+        read_groups(people_of(), tmp_path / "table.csv")
     assert all(word in str(caught.value) for word in words)
 
 
 def test_groups_may_be_a_phenotype():
     embeddings = people_of(site=np.array([1, 1, 1, 2, 2, 2, 3, 3, np.nan, np.nan]))
-    groups = read_groups(embeddings, "site", 0.0442)
+    groups = read_groups(embeddings, "site")
     assert len(set(groups.together)) == 5  # three sites, and two people alone
     assert len(set(groups.units)) == 10
+    assert len(set(groups.blocks)) == 4  # those without a site are one block
     with pytest.raises(ValueError, match=r"'nothing' are neither a file nor a phenotype.*site"):
-        read_groups(embeddings, "nothing", 0.0442)
+        read_groups(embeddings, "nothing")
     scans = embeddings.scans.assign(participant=["9", *embeddings.scans["participant"][1:6], "9", "7", "6", "5"])
-    moved = read_groups(replace(embeddings, scans=scans), "site", 0.0442)  # one person at sites 1 and 3
+    moved = read_groups(replace(embeddings, scans=scans), "site")  # one person at sites 1 and 3
     assert moved.together[0] == moved.together[6] == moved.together[7] != moved.together[3]
+
+
+def test_groups_are_blocks_if_few_or_large_else_units(tmp_path):
+    rng = np.random.default_rng(0)
+    for of in (np.arange(200) % 6, np.arange(800) % 25):
+        groups = read_groups(people_of(len(of), site=of), "site")
+        assert len(set(groups.units)) == len(of)
+        np.testing.assert_array_equal(groups.blocks, of)
+    family = np.repeat(np.arange(100), 2)
+    own = rng.normal(size=100)[family]
+    features = rng.normal(size=(200, 5)) + 2 * own[:, None]
+    embeddings = make_embeddings(features, {"y": own, "family": family})
+    settings = ProbeSettings(repeats=1, groups="family", permutations=19, bootstrap=50)
+    (found,) = probe(embeddings, ["y"], settings=settings)
+    assert found.p_value == 1 / 20
+    groups = read_groups(embeddings, "family")
+    assert (len(set(groups.units)), len(set(groups.blocks))) == (100, 1)
+
+    sizes = [10, 14, 18, 22, 26, 30]  # a table of sites, whose wholes cannot be exchanged
+    of = np.repeat(np.arange(6), sizes)
+    rows = [f"9{person:06d},{one}" for person, one in enumerate(of)]
+    (tmp_path / "sites.csv").write_text("\n".join(["participant,group", *rows]))
+    y = rng.normal(size=len(of))
+    embeddings = make_embeddings(y[:, None] + 0.1 * rng.normal(size=(len(of), 4)), {"y": y, "same": of + 0.0})
+    settings = ProbeSettings(repeats=1, groups=tmp_path / "sites.csv", permutations=19)
+    found, same = probe(embeddings, ["y", "same"], settings=settings)
+    assert found.p_value == 1 / 20
+    assert same.p_value is None  # what all people of a site share
+    assert "no p value: only 0 of 120 labels can be exchanged" in same.null
+    assert same.null in same.method
+
+
+def test_a_kinship_needs_a_table_that_has_some(tmp_path):
+    (tmp_path / "families.csv").write_text("participant,family\n9000000,1\n9000001,1\n")
+    (tmp_path / "kin.dat").write_text(KIN)
+    embeddings = people_of(site=np.arange(10) % 3)
+    for groups in ("site", tmp_path / "families.csv"):
+        with pytest.raises(ValueError, match=r"kinship=0\.1 needs .*Kinship"):
+            read_groups(embeddings, groups, 0.1)
+    assert "(kinship of 0.0442 or more)" in read_groups(embeddings, tmp_path / "kin.dat").note
+    with pytest.raises(ValueError, match=r"kinship=0\.1 needs groups"):
+        ProbeSettings(kinship=0.1)
 
 
 @pytest.mark.parametrize("task", ["binary", "continuous"])
@@ -171,6 +214,40 @@ def test_bins_that_hold_everybody_are_skipped_and_those_of_no_target_refused():
     assert (found.status, "one class only" in found.reason) == ("skipped", True)
     with pytest.raises(ValueError, match=r"bins are given for 'age', which is not among the targets: gender"):
         probe(make_cohort(), ["sex"], settings=ProbeSettings(bins={"age": 2}))
+
+
+def test_edges_have_the_digits_that_keep_classes_equal_and_no_more():
+    values = np.arange(120) / 1000 + 1234.5
+    (found,) = probe(people_with(values), ["y"], settings=ProbeSettings(repeats=1, bins={"y": 4}))
+    assert np.bincount(found.out_of_fold.truth).tolist() == [30] * 4
+    assert found.labels == ["<1234.53", "1234.53-1234.56", "1234.56-1234.59", ">=1234.59"]
+    (found,) = probe(people_with(np.append(np.inf, values[1:])), ["y"], settings=ProbeSettings(bins={"y": 4}))
+    assert found.reason == "1 values are infinite"
+
+
+def test_classes_have_names_of_their_own():
+    codes = np.repeat([1_000_001.0, 1_000_002.0, 3.0], 20)
+    (found,) = probe(people_with(codes, task="multiclass"), settings=ProbeSettings(repeats=1))
+    assert found.labels == ["3", "1000001", "1000002"]
+    labels = {"3": "other", "1000001": "other", "1000002": "none"}
+    (found,) = probe(people_with(codes, task="multiclass", labels=labels), settings=ProbeSettings(repeats=1))
+    assert found.labels == ["other (3)", "other (1000001)", "none"]
+
+
+def test_people_may_be_of_every_class_and_few_of_one_are_few_folds():
+    rng = np.random.default_rng(0)
+    ill = np.repeat([0, 1], 30)  # everyone before and after
+    both = make_embeddings(rng.normal(size=(60, 4)), {"y": ill}, people=np.tile(np.arange(30), 2))
+    (found,) = probe(both, settings=ProbeSettings(repeats=1))
+    assert (found.status, found.participants) == ("ok", 30)
+    (found,) = probe(people_with(np.arange(60) < 6), settings=ProbeSettings(repeats=1))
+    assert "3 folds of participants x 1 repeats (fewer than 5: each needs 2 people of every class" in found.method
+    assert "'1' has 6)" in found.method
+
+
+def people_with(values: np.ndarray, **attrs: object):
+    features = np.random.default_rng(0).normal(size=(len(values), 4))
+    return make_embeddings(features, {"y": values}, variables={"y": attrs})
 
 
 # ---- fewer people to train on, and embeddings compared ---------------------------------------------------------------

@@ -89,6 +89,24 @@ def test_with_confounds_the_null_is_that_nothing_is_known_beyond_them():
     assert found_beside >= 16
 
 
+def test_exchanged_residuals_are_as_free_of_confounds_as_those_observed(monkeypatch):
+    rng = np.random.default_rng(0)
+    columns = rng.normal(size=(60, 3))
+    confounds = ConfoundValues(("a", "b", "c"), (False,) * 3, columns)
+    seen = []
+
+    def spy(rotation, features, labels, tested, truth, ranked):
+        both = np.concatenate([labels, truth])  # of one fold, in another order than the confounds
+        seen.append((both**2).sum(axis=0))
+        return _fold_statistic(rotation, features, labels, tested, truth, ranked)
+
+    monkeypatch.setattr("extract.permutation._fold_statistic", spy)
+    truth = (columns[:, 0] + rng.normal(size=60) > 0).astype(int)
+    permutation_test(rng.normal(size=(60, 4)), truth, "binary", alone(60), confounds, permutations=9, folds=3, seed=0)
+    squares = seen[0][:, 0]
+    assert (squares[1:] < squares[0] - 1e-6).all()  # what an exchange brings back of the confounds is taken out
+
+
 def test_one_column_is_the_ridge_regression_it_stands_for():
     from extract.linear import rotate
 

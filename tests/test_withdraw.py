@@ -19,7 +19,7 @@ from ingest import IngestSettings, ingest, open_store
 from ingest.errors import StoreError, TableError
 from ingest.lock import store_lock
 from ingest.report import write_report
-from ingest.withdraw import read_withdrawals, withdraw
+from ingest.withdraw import _without, read_withdrawals, withdraw
 from loaders import VolumeReader, open_loader
 
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
@@ -213,3 +213,44 @@ def test_command_line(place):
     assert "--withdrawn LIST" in done.stderr
     done = run("src", "s.zarr", "--withdrawn", "w1234_20261124.csv")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("person", "text", "left"),
+    [
+        ("2145", "std 0.22145, 2145 and ab2145cd", "std 0.22145, withdrawn and ab2145cd"),
+        ("2145", "sub-2145/anat/sub-2145_T1w.nii.gz", "sub-withdrawn/anat/sub-withdrawn_T1w.nii.gz"),
+        ("01", "torch 2.01.01, sub-01/anat/sub-012", "torch 2.01.01, sub-withdrawn/anat/sub-012"),
+        ("9118946", "UKB9118946b.zip, 91189467", "UKBwithdrawnb.zip, 91189467"),
+    ],
+)
+def test_ids_leave_texts_but_no_number_or_checksum(person, text, left):
+    """Ids of BIDS are short, and occur amid the digits of what has nothing to do with them."""
+    checksum = f"0a{person}" + "b" * 60
+    attrs = {
+        "text": [text, {"deep": text}],
+        "sha256": checksum,
+        "std": float(f"0.2{person}5"),
+        "row": int(f"1{person}"),
+    }
+    cleaned = _without(attrs, [person, "someone else"])
+    assert cleaned == {**attrs, "text": [left, {"deep": left}]}
+    assert _without(attrs, []) == attrs
+
+
+def test_links_are_followed_and_what_was_moved_aside_is_found(place):
+    """A person is not gone as long as the folder behind a link, or one that a killed run has moved, still has them."""
+    (place / "link.zarr").symlink_to(place / "e.zarr")
+    withdraw(place / "w1234_20261124.csv", [place / "link.zarr"])
+    assert GONE not in decoded(place / "e.zarr")
+    assert (place / "link.zarr").is_symlink()
+
+    shutil.move(place / "e.h5", place / "f.h5")
+    (place / "f.h5").rename(place / ".f.h5.0123abcd.tmp.h5.aside")
+    removal = withdraw(place / "w1234_20261124.csv", [place / "f.h5"]).removals[0]
+    assert (removal.people, removal.scans) == (1, 1)
+    assert GONE not in decoded(place / "f.h5")
+    assert not list(place.glob(".f.h5*"))
+    with pytest.raises(FileNotFoundError, match="no store at"):
+        withdraw(place / "w1234_20261124.csv", [place / "never.h5"])
+    assert not list(place.glob("*never*"))
