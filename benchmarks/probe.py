@@ -27,9 +27,9 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.results import Report, Result
 from extract.embeddings import Embeddings
-from extract.linear import PENALTIES
-from extract.probe import probe
-from extract.probe_settings import ProbeSettings
+from extract.probing.linear import PENALTIES
+from extract.probing.probe import probe
+from extract.probing.settings import ProbeSettings
 from ingest.store import package_versions
 
 #: Floating point operations of a symmetric eigendecomposition with vectors over the cube of its size, at least

@@ -10,7 +10,7 @@ import pytest
 from conftest import mni_brain, write_nifti
 from matplotlib.image import imread
 
-from extract.montage import evenly_spaced, montage_figure, montage_png
+from extract.probing.montage import evenly_spaced, montage_figure, montage_png
 from ingest import ingest
 from ingest.grid import FSL_MNI152_AFFINE
 from ingest.planes import planes_of

@@ -10,16 +10,16 @@ import pytest
 from report_page import svg_text
 from scipy import stats
 
-from extract.calibration import (
+from extract.probing.calibration import (
     calibration_slope,
     probability_calibration_plot,
     reliability,
     value_calibration_plot,
 )
-from extract.curves import CurvePoint, LearningCurve
-from extract.plots import confusion_plot, forest_plot, roc_plot, scatter_plot
-from extract.plots_compared import curve_plot, grouped_forest_plot
-from extract.results import Interval, OutOfFold, TargetResult
+from extract.probing.curves import CurvePoint, LearningCurve
+from extract.probing.plots import confusion_plot, forest_plot, roc_plot, scatter_plot
+from extract.probing.plots_compared import curve_plot, grouped_forest_plot
+from extract.probing.results import Interval, OutOfFold, TargetResult
 
 NAN = float("nan")
 

@@ -16,10 +16,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from extract.embeddings import Embeddings
-from extract.linear import ridge
-from extract.probe import probe, target_names
-from extract.probe_settings import ProbeSettings
-from extract.targets import infer_task
+from extract.probing.linear import ridge
+from extract.probing.probe import probe, target_names
+from extract.probing.settings import ProbeSettings
+from extract.probing.targets import infer_task
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_regressions_of_the_same_scans_share_folds_and_each_scores_as_alone(coho
     names, settings = ["age", "fluid_intelligence", "something", "late"], ProbeSettings(repeats=1)
     fitted = []
     monkeypatch.setattr(
-        "extract.cross_validation.ridge", lambda x, y, groups: fitted.append(y.shape) or ridge(x, y, groups)
+        "extract.probing.cross_validation.ridge", lambda x, y, groups: fitted.append(y.shape) or ridge(x, y, groups)
     )
     together = {found.name: found for found in probe(embeddings, names, settings=settings)}
     assert len(fitted) == 15  # five folds of each of three sets of scans

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from embedded import make_embeddings
 
-from extract.apply import (
+from extract.embeddings import Embeddings
+from extract.probing.apply import (
     SavedProbe,
     apply_probe,
     confound_warnings,
@@ -21,9 +22,8 @@ from extract.apply import (
     save_probe,
     write_predictions,
 )
-from extract.embeddings import Embeddings
-from extract.model import ProbeModel, refit
-from extract.probe_settings import ProbeSettings
+from extract.probing.model import ProbeModel, refit
+from extract.probing.settings import ProbeSettings
 from ingest.errors import StoreError
 
 TARGETS = ("sex", "age", "smoking", "siblings")

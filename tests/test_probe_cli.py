@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from embedded import make_cohort
 
-from extract.apply import load_probe
-from extract.compare import align, differences, probe_all
 from extract.embeddings import open_embeddings, write_embeddings
-from extract.model import refit
-from extract.probe_cli import main
-from extract.probe_settings import ProbeSettings
+from extract.probing.apply import load_probe
+from extract.probing.cli import main
+from extract.probing.compare import align, differences, probe_all
+from extract.probing.model import refit
+from extract.probing.settings import ProbeSettings
 
 LAYERS = [{"name": "layer3", "features": 30, "start": 0}, {"name": "avgpool", "features": 10, "start": 30}]
 

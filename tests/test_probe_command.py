@@ -14,9 +14,9 @@ import pytest
 from embedded import make_cohort
 
 from extract.embeddings import Embeddings, write_embeddings
-from extract.probe import probe
-from extract.probe_cli import main
-from extract.probe_settings import ProbeSettings
+from extract.probing.cli import main
+from extract.probing.probe import probe
+from extract.probing.settings import ProbeSettings
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def cohort() -> Embeddings:
 
 
 def run_probe(*arguments: object) -> subprocess.CompletedProcess:
-    program = "import sys; from extract.probe_cli import main; sys.argv[0] = 'probe'; main()"
+    program = "import sys; from extract.probing.cli import main; sys.argv[0] = 'probe'; main()"
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "160"})
 

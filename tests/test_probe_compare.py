@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from embedded import make_embeddings
 
-from extract.compare import align, differences, distinct_names, probe_all
 from extract.embeddings import Embeddings
-from extract.probe import probe
-from extract.probe_settings import ProbeSettings
-from extract.scores import paired_interval
+from extract.probing.compare import align, differences, distinct_names, probe_all
+from extract.probing.probe import probe
+from extract.probing.scores import paired_interval
+from extract.probing.settings import ProbeSettings
 
 ONCE = ProbeSettings(repeats=2)
 

@@ -8,7 +8,7 @@ from embedded import make_cohort, make_embeddings
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from extract.confounds import (
+from extract.probing.confounds import (
     ConfoundValues,
     fit_coding,
     fit_residualiser,
@@ -16,9 +16,9 @@ from extract.confounds import (
     number_warnings,
     read_confounds,
 )
-from extract.probe import probe
-from extract.probe_settings import ProbeSettings
-from extract.scores import pearson
+from extract.probing.probe import probe
+from extract.probing.scores import pearson
+from extract.probing.settings import ProbeSettings
 
 
 def confounded(seed: int = 0, n: int = 200):

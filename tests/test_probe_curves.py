@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from embedded import make_embeddings
 
-from extract.compare import probe_all
-from extract.curves import curve_sizes, default_sizes, learning_curves
-from extract.probe import probe
-from extract.probe_settings import ProbeSettings
-from extract.results import TargetResult
+from extract.probing.compare import probe_all
+from extract.probing.curves import curve_sizes, default_sizes, learning_curves
+from extract.probing.probe import probe
+from extract.probing.results import TargetResult
+from extract.probing.settings import ProbeSettings
 
 SETTINGS = ProbeSettings(repeats=2, permutations=3)
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from embedded import make_cohort, make_embeddings
 
-from extract.groups import read_groups
-from extract.probe import probe
-from extract.probe_settings import ProbeSettings
-from extract.scores import paired_interval
+from extract.probing.groups import read_groups
+from extract.probing.probe import probe
+from extract.probing.scores import paired_interval
+from extract.probing.settings import ProbeSettings
 
 KIN = """ID1 ID2 HetHet IBS0 Kinship
 9000000 9000001 0.02 0.01 0.25

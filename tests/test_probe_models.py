@@ -11,11 +11,18 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from extract.cross_validation import PENALTY_PEOPLE, penalty_folds
-from extract.folds import class_strata, deal_folds, folds_with_all_classes, limit_people, rank_summary, value_strata
-from extract.groups import Groups
-from extract.linear import PENALTY_SCANS, leave_group_out_errors, ridge, rotate
-from extract.logistic import fit_logistic, logistic, probabilities
+from extract.probing.cross_validation import PENALTY_PEOPLE, penalty_folds
+from extract.probing.folds import (
+    class_strata,
+    deal_folds,
+    folds_with_all_classes,
+    limit_people,
+    rank_summary,
+    value_strata,
+)
+from extract.probing.groups import Groups
+from extract.probing.linear import PENALTY_SCANS, leave_group_out_errors, ridge, rotate
+from extract.probing.logistic import fit_logistic, logistic, probabilities
 
 # ---- folds -----------------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from embedded import make_cohort, make_embeddings
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from extract.confounds import fit_coding, fit_residualiser, read_confounds
-from extract.model import ProbeModel, refit
-from extract.probe_settings import ProbeSettings
+from extract.probing.confounds import fit_coding, fit_residualiser, read_confounds
+from extract.probing.model import ProbeModel, refit
+from extract.probing.settings import ProbeSettings
 
 
 @pytest.mark.parametrize("confounds", [(), ("age", "site")])

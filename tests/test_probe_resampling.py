@@ -8,7 +8,7 @@ from embedded import make_cohort, make_embeddings
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from extract.bootstrap import (
+from extract.probing.bootstrap import (
     draw_weights,
     percentile_interval,
     weighted_auc,
@@ -17,13 +17,13 @@ from extract.bootstrap import (
     weighted_pearson,
     weighted_r_squared,
 )
-from extract.confounds import ConfoundValues
-from extract.groups import Groups
-from extract.linear import ridge
-from extract.permutation import _exchange, _fold_statistic, permutation_test
-from extract.probe import probe
-from extract.probe_settings import ProbeSettings
-from extract.scores import auc, balanced_accuracy, mean_absolute_error, pearson, r_squared
+from extract.probing.confounds import ConfoundValues
+from extract.probing.groups import Groups
+from extract.probing.linear import ridge
+from extract.probing.permutation import _exchange, _fold_statistic, permutation_test
+from extract.probing.probe import probe
+from extract.probing.scores import auc, balanced_accuracy, mean_absolute_error, pearson, r_squared
+from extract.probing.settings import ProbeSettings
 
 
 def alone(count: int) -> Groups:
@@ -100,7 +100,7 @@ def test_exchanged_residuals_are_as_free_of_confounds_as_those_observed(monkeypa
         seen.append((both**2).sum(axis=0))
         return _fold_statistic(rotation, features, labels, tested, truth, ranked)
 
-    monkeypatch.setattr("extract.permutation._fold_statistic", spy)
+    monkeypatch.setattr("extract.probing.permutation._fold_statistic", spy)
     truth = (columns[:, 0] + rng.normal(size=60) > 0).astype(int)
     permutation_test(rng.normal(size=(60, 4)), truth, "binary", alone(60), confounds, permutations=9, folds=3, seed=0)
     squares = seen[0][:, 0]
@@ -108,7 +108,7 @@ def test_exchanged_residuals_are_as_free_of_confounds_as_those_observed(monkeypa
 
 
 def test_one_column_is_the_ridge_regression_it_stands_for():
-    from extract.linear import rotate
+    from extract.probing.linear import rotate
 
     rng = np.random.default_rng(0)
     train, tested = rng.normal(size=(50, 6)), rng.normal(size=(20, 6))

@@ -14,13 +14,13 @@ import pytest
 from conftest import mni_brain, write_nifti
 from report_page import Page, svg_text
 
-from extract.compare import Difference, Probed
-from extract.curves import CurvePoint, LearningCurve
 from extract.embeddings import Embeddings
-from extract.montage import read_brains
-from extract.report import write_report
-from extract.report_targets import verdict
-from extract.results import Interval, OutOfFold, TargetResult
+from extract.probing.compare import Difference, Probed
+from extract.probing.curves import CurvePoint, LearningCurve
+from extract.probing.montage import read_brains
+from extract.probing.report import write_report
+from extract.probing.report_targets import verdict
+from extract.probing.results import Interval, OutOfFold, TargetResult
 from ingest import ingest
 from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE

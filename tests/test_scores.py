@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from extract.scores import (
+from extract.probing.scores import (
     RANGES,
     auc,
     balanced_accuracy,

@@ -165,7 +165,7 @@ def read_targets(
     names
         Columns.
     tasks, bins
-        By name or alias, of some of them; see `extract.probe_settings.ProbeSettings`.
+        By name or alias, of some of them; see `probing.settings.ProbeSettings`.
     people
         int, (scan,).
     beside

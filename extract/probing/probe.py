@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from extract.bootstrap import draw_weights, percentile_interval
-from extract.confounds import ConfoundValues, fit_coding, read_confounds
-from extract.cross_validation import (
+from extract.embeddings import Embeddings
+from extract.probing.bootstrap import draw_weights, percentile_interval
+from extract.probing.confounds import ConfoundValues, fit_coding, read_confounds
+from extract.probing.cross_validation import (
     Fold,
     Outcome,
     Sample,
@@ -18,15 +19,14 @@ from extract.cross_validation import (
     regression,
     run_folds,
 )
-from extract.embeddings import Embeddings
-from extract.folds import class_strata, folds_with_all_classes, rank_summary, repeated_folds, value_strata
-from extract.groups import Groups, read_groups
-from extract.method import describe_method
-from extract.permutation import permutation_test
-from extract.probe_settings import ProbeSettings
-from extract.results import Interval, OutOfFold, TargetResult
-from extract.scores import RANGES, corrected_interval
-from extract.targets import (
+from extract.probing.folds import class_strata, folds_with_all_classes, rank_summary, repeated_folds, value_strata
+from extract.probing.groups import Groups, read_groups
+from extract.probing.method import describe_method
+from extract.probing.permutation import permutation_test
+from extract.probing.results import Interval, OutOfFold, TargetResult
+from extract.probing.scores import RANGES, corrected_interval
+from extract.probing.settings import ProbeSettings
+from extract.probing.targets import (
     CLASSIFICATIONS,
     MIN_CLASS_PER_FOLD,
     Target,
@@ -52,14 +52,14 @@ def probe(
 ) -> list[TargetResult]:
     """Fit linear probes to embeddings and score them on people whom they have not seen.
 
-    Each repeat deals the people with a value into folds (`extract.folds`): of a classification by its classes, of all
+    Each repeat deals the people with a value into folds (`probing.folds`): of a classification by its classes, of all
     regressions by the first principal component of the ranks of all phenotypes that are regressions, so that targets
     with the same missing values share their folds and one factorisation of the features per fold. On each training side
     features are standardised and a ridge (``continuous``, ``ordinal`` on its codes, ``count`` on log(1 + count)) or
     logistic regression (``binary``, ``multiclass``) is fitted, its penalty chosen on that side alone without splitting
-    people (`extract.linear`, `extract.logistic`). A score is the mean over folds and repeats, never of pooled
+    people (`probing.linear`, `probing.logistic`). A score is the mean over folds and repeats, never of pooled
     predictions, which are biased under the null; its interval is a t interval corrected for their dependence
-    (`extract.scores.corrected_interval`).
+    (`probing.scores.corrected_interval`).
 
     ============================ ===================================================================== =================
     metric                       meaning                                                               chance
@@ -71,7 +71,7 @@ def probe(
     ``mae``                      in the variable's own units, of a count too                           training median's
     ============================ ===================================================================== =================
 
-    Confounds are removed from the features, by least squares fitted to each training side alone (`extract.confounds`).
+    Confounds are removed from the features, by least squares fitted to each training side alone (`probing.confounds`).
     The target stays as it is: scores are then of what the rest of the features tells of the phenotype itself, in its
     own units, and can be set beside those of the same model fitted to the confounds alone, on the same folds. What the
     confounds explain of the target is out of reach of that rest, so a correlation is held below sqrt(1 - R2 of the
@@ -84,7 +84,7 @@ def probe(
     targets
         Names of phenotypes, or their aliases (``gender``); None takes all that are not confounds.
     tasks
-        Name -> one of `ingest.dictionary.TASKS`, where `extract.targets.infer_task` would choose another; of a confound
+        Name -> one of `ingest.dictionary.TASKS`, where `probing.targets.infer_task` would choose another; of a confound
         ``multiclass`` makes categories of numbers.
     settings
         Folds, repeats, seed, confounds, groups ...; the defaults of `ProbeSettings` if None. Targets with few people

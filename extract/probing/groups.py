@@ -11,8 +11,8 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from extract.embeddings import Embeddings
-from extract.probe_settings import THIRD_DEGREE
-from extract.targets import column_of
+from extract.probing.settings import THIRD_DEGREE
+from extract.probing.targets import column_of
 
 #: Groups are few below this number, and large from so many people on average.
 FEW_GROUPS = LARGE_GROUPS = 20

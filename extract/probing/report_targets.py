@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from extract.calibration import probability_calibration_plot, value_calibration_plot
-from extract.compare import Difference, Probed
-from extract.plots import MANY_POINTS, confusion_plot, forest_plot, roc_plot, scatter_plot
-from extract.plots_compared import curve_plot, grouped_forest_plot
-from extract.results import Interval, TargetResult
+from extract.probing.calibration import probability_calibration_plot, value_calibration_plot
+from extract.probing.compare import Difference, Probed
+from extract.probing.plots import MANY_POINTS, confusion_plot, forest_plot, roc_plot, scatter_plot
+from extract.probing.plots_compared import curve_plot, grouped_forest_plot
+from extract.probing.results import Interval, TargetResult
 
 _METRICS = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "r": "r", "r2": "R²", "mae": "MAE"}
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from extract.results import OutOfFold, TargetResult
+from extract.probing.results import OutOfFold, TargetResult
 
 #: A scatter of more points than these is drawn as a two-dimensional histogram.
 MANY_POINTS = 5000
@@ -158,7 +158,7 @@ def _fold_curves(found: OutOfFold, code: int) -> list[np.ndarray]:
 def confusion_plot(found: OutOfFold, labels: list[str]) -> bytes:
     """Draw the confusion matrix: shares of each true class, and counts.
 
-    As for the balanced accuracy (`extract.scores.balanced_accuracy`), probabilities are divided by the frequencies of
+    As for the balanced accuracy (`probing.scores.balanced_accuracy`), probabilities are divided by the frequencies of
     the classes in the training scans before the largest is taken, or all would be given the commonest class.
 
     Returns

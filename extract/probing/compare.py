@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from extract.confounds import read_confounds
-from extract.curves import LearningCurve, curve_sizes, learning_curves
 from extract.embeddings import Embeddings
-from extract.probe import probe
-from extract.probe_settings import ProbeSettings
-from extract.results import Interval, TargetResult
-from extract.scores import paired_interval
+from extract.probing.confounds import read_confounds
+from extract.probing.curves import LearningCurve, curve_sizes, learning_curves
+from extract.probing.probe import probe
+from extract.probing.results import Interval, TargetResult
+from extract.probing.scores import paired_interval
+from extract.probing.settings import ProbeSettings
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ def probe_all(
         Name -> embeddings, with the same scans if there are several (`align`). Confounds are the first's: a volume of
         the brain depends on the space that the scans are in.
     targets, tasks, settings
-        See `extract.probe.probe`.
+        See `probing.probe.probe`.
     curve
-        Sizes of learning curves; empty takes those of `extract.curves.curve_sizes`, None makes no curves.
+        Sizes of learning curves; empty takes those of `probing.curves.curve_sizes`, None makes no curves.
     on_target
         Called with each target of each embedding, and at each size of the curves.
     on_plan

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from extract.confounds import ConfoundValues, read_confounds
 from extract.embeddings import Embeddings
-from extract.probe import probe
-from extract.probe_settings import ProbeSettings
-from extract.results import Interval, TargetResult
-from extract.targets import by_column
+from extract.probing.confounds import ConfoundValues, read_confounds
+from extract.probing.probe import probe
+from extract.probing.results import Interval, TargetResult
+from extract.probing.settings import ProbeSettings
+from extract.probing.targets import by_column
 
 #: Sizes that are measured unless others are asked for: this one, twice as many, and so on, below everyone.
 FIRST_SIZE = 50
@@ -102,7 +102,7 @@ def learning_curves(
 
     The folds are those of the whole probe, so every size is tested on the same people. Who is trained on with fewer
     is among those of more, is another draw in each fold of each repeat, and is spread over classes and values like all
-    of them (`extract.probe_settings.ProbeSettings.train_people`). The penalty is chosen anew at each size. Intervals
+    of them (`probing.settings.ProbeSettings.train_people`). The penalty is chosen anew at each size. Intervals
     are corrected for the dependence of folds as those of the whole probe are: by scans tested over scans that could be
     trained on.
 

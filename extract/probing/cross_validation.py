@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from extract.bootstrap import (
+from extract.probing.bootstrap import (
     weighted_auc,
     weighted_balanced_accuracy,
     weighted_mean_absolute_error,
     weighted_pearson,
     weighted_r_squared,
 )
-from extract.confounds import ConfoundValues, fit_coding, fit_residualiser
-from extract.folds import class_strata, folds_with_all_classes, limit_people
-from extract.groups import Groups
-from extract.linear import ridge
-from extract.logistic import logistic, probabilities
-from extract.scores import auc, balanced_accuracy, mean_absolute_error, pearson, r_squared
+from extract.probing.confounds import ConfoundValues, fit_coding, fit_residualiser
+from extract.probing.folds import class_strata, folds_with_all_classes, limit_people
+from extract.probing.groups import Groups
+from extract.probing.linear import ridge
+from extract.probing.logistic import logistic, probabilities
+from extract.probing.scores import auc, balanced_accuracy, mean_absolute_error, pearson, r_squared
 
 #: People at most on whom the penalty of a logistic regression is chosen; the model is then fitted to all. The best
-#: penalty does not depend on their number (`extract.linear.PENALTIES`), and the choice would take most of the time.
+#: penalty does not depend on their number (`probing.linear.PENALTIES`), and the choice would take most of the time.
 PENALTY_PEOPLE = 2000
 
 _INNER_FOLDS = 5

@@ -26,18 +26,18 @@ class ProbeSettings:
     seed
         Of folds, draws and permutations, 0 or more.
     confounds
-        Phenotypes, by name or alias, and ``brain_volume`` and ``head_scale`` of the scans (`extract.confounds`).
+        Phenotypes, by name or alias, and ``brain_volume`` and ``head_scale`` of the scans (`probing.confounds`).
     groups
         A phenotype (``site``), or a table of families or of related pairs, whose people are never split
-        (`extract.groups`); None splits between any two people.
+        (`probing.groups`); None splits between any two people.
     kinship
         Pairs with a coefficient of this or more are related, of a table with coefficients; None takes `THIRD_DEGREE`.
     bins
         Target -> number of quantile classes, or their inner edges in ascending order: the target becomes classes.
     permutations
-        Of the permutation test (`extract.permutation`); 0 for none.
+        Of the permutation test (`probing.permutation`); 0 for none.
     bootstrap
-        Draws of the people tested (`extract.bootstrap`); 0 for none.
+        Draws of the people tested (`probing.bootstrap`); 0 for none.
     train_people
         People to train on in each fold, for learning curves; None for all. The test folds are the same for any number,
         and who is trained on with fewer is among those of more.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from extract.results import Interval, TargetResult
+from extract.probing.results import Interval, TargetResult
 
 #: What a score can be at all: intervals are cut off there.
 RANGES = {

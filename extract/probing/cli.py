@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from extract.apply import (
+from extract.embeddings import Embeddings, open_embeddings
+from extract.probing.apply import (
     apply_probe,
     check_model_suffix,
     check_table_suffix,
@@ -22,12 +23,10 @@ from extract.apply import (
     save_probe,
     write_predictions,
 )
-from extract.compare import Difference, Probed, align, differences, distinct_names, probe_all
-from extract.confounds import number_warnings, read_confounds
-from extract.embeddings import Embeddings, open_embeddings
-from extract.model import refit
-from extract.probe import target_names
-from extract.probe_printing import (
+from extract.probing.compare import Difference, Probed, align, differences, distinct_names, probe_all
+from extract.probing.confounds import number_warnings, read_confounds
+from extract.probing.model import refit
+from extract.probing.printing import (
     errors,
     print_comparison,
     print_curves,
@@ -37,7 +36,8 @@ from extract.probe_printing import (
     print_written,
     warn,
 )
-from extract.probe_settings import THIRD_DEGREE, ProbeSettings
+from extract.probing.probe import target_names
+from extract.probing.settings import THIRD_DEGREE, ProbeSettings
 from ingest.progress import progress_bar
 
 _SIZES = re.compile(r"\d{1,9}(,\d{1,9})*,?", re.ASCII)
@@ -172,7 +172,7 @@ def run_command(
     if save is not None and not unsaved:
         _save(save, probed[0], tasks, settings, layers[0])
     if report is not None:
-        from extract.report import write_report  # drawing needs matplotlib, which takes a second to import
+        from extract.probing.report import write_report  # drawing needs matplotlib, which takes a second to import
 
         warnings = write_report(
             report, probed, differences=compared, settings=_settings(settings), store=store, warnings=warnings

@@ -1,4 +1,4 @@
-"""What a probe found: the record that `extract.probe` fills and `extract.report` draws."""
+"""What a probe found: the record that `probing.probe` fills and `probing.report` draws."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Interval:
     Attributes
     ----------
     low, high
-        Of the corrected t interval (`extract.scores.corrected_interval`).
+        Of the corrected t interval (`probing.scores.corrected_interval`).
     boot_low, boot_high
-        Percentiles over draws of the people tested (`extract.bootstrap`), None without ``bootstrap``. They tell how
+        Percentiles over draws of the people tested (`probing.bootstrap`), None without ``bootstrap``. They tell how
         the score varies with who is tested, not with who is trained on.
     """
 

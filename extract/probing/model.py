@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from extract.confounds import ConfoundCoding, fit_coding, fit_residualiser, match_confounds, read_confounds
-from extract.cross_validation import penalty_folds
 from extract.embeddings import Embeddings
-from extract.groups import read_groups
-from extract.linear import ridge
-from extract.logistic import logistic, probabilities
-from extract.probe import check_embeddings
-from extract.probe_settings import ProbeSettings
-from extract.results import Interval
-from extract.targets import by_column, read_targets, target_names
+from extract.probing.confounds import ConfoundCoding, fit_coding, fit_residualiser, match_confounds, read_confounds
+from extract.probing.cross_validation import penalty_folds
+from extract.probing.groups import read_groups
+from extract.probing.linear import ridge
+from extract.probing.logistic import logistic, probabilities
+from extract.probing.probe import check_embeddings
+from extract.probing.results import Interval
+from extract.probing.settings import ProbeSettings
+from extract.probing.targets import by_column, read_targets, target_names
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ProbeModel:
     Attributes
     ----------
     name, task, labels, units
-        Of the target; see `extract.results.TargetResult`.
+        Of the target; see `probing.results.TargetResult`.
     n, participants
         Scans that it was fitted to, and the people they are of.
     coefficients
@@ -108,7 +108,7 @@ class ProbeModel:
         return self.predict(embeddings.features, match_confounds(self.confounds, measured)[0])
 
     def warnings(self, embeddings: Embeddings) -> list[str]:
-        """Return what is unknown of the confounds of an embedding file: see `extract.confounds.match_confounds`."""
+        """Return what is unknown of the confounds of an embedding file: see `probing.confounds.match_confounds`."""
         if self.confounds is None:
             return []
         return match_confounds(self.confounds, read_confounds(embeddings, self.confounds.names))[1]
@@ -195,7 +195,7 @@ def refit(
     target
         Name of a phenotype, or its alias.
     tasks
-        As of `extract.probe.probe`; those of other targets do not matter.
+        As of `probing.probe.probe`; those of other targets do not matter.
     settings
         Of which confounds, groups, bins and the seed matter here.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from extract.embeddings import Embeddings
-from extract.targets import CLASSIFICATIONS, MAX_CODES, by_column, column_of, label_names
+from extract.probing.targets import CLASSIFICATIONS, MAX_CODES, by_column, column_of, label_names
 from ingest.dictionary import BY_NAME, TASKS
 
 #: What the store knows of each scan's head, beside the phenotypes.

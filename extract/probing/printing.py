@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from extract.compare import Difference, Probed
 from extract.embeddings import Embeddings
-from extract.results import Interval, TargetResult
+from extract.probing.compare import Difference, Probed
+from extract.probing.results import Interval, TargetResult
 
 _METRICS = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
 

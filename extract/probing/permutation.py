@@ -12,10 +12,10 @@ import numpy as np
 from scipy import stats
 from threadpoolctl import threadpool_limits
 
-from extract.confounds import ConfoundValues, fit_coding, fit_residualiser
-from extract.folds import deal_folds
-from extract.groups import Groups
-from extract.linear import Rotation, rotate
+from extract.probing.confounds import ConfoundValues, fit_coding, fit_residualiser
+from extract.probing.folds import deal_folds
+from extract.probing.groups import Groups
+from extract.probing.linear import Rotation, rotate
 
 _MOST_AT_ONCE = 8_000_000  # numbers in the exchanged labels
 _FREE_SHARE = 0.5  # of the scans: penalties that leave a fit more degrees of freedom are not tried

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from extract.curves import LearningCurve
-from extract.plots import COLOURS, GREY, shorten, styled, to_svg
-from extract.results import Interval
+from extract.probing.curves import LearningCurve
+from extract.probing.plots import COLOURS, GREY, shorten, styled, to_svg
+from extract.probing.results import Interval
 
 #: Shapes of the dots: colours alone do not survive a grey print.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

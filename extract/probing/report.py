@@ -9,10 +9,10 @@ from typing import Any
 
 import jinja2
 
-from extract.compare import Difference, Probed
-from extract.montage import montage_png, read_brains
-from extract.report_targets import Picture, Score, curve_pictures, data_uri, panels, predictions, table_rows
-from extract.writing import write_whole
+from extract.probing.compare import Difference, Probed
+from extract.probing.montage import montage_png, read_brains
+from extract.probing.report_targets import Picture, Score, curve_pictures, data_uri, panels, predictions, table_rows
+from extract.probing.writing import write_whole
 
 _ABSENT = "not recorded"
 
@@ -76,7 +76,7 @@ def render_report(
     warnings = [*warnings, *brain_warnings]
     results = [result for one in probed for result in one.results if result.status == "ok"]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("extract"),
+        loader=jinja2.PackageLoader("extract.probing"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from extract.linear import Fit, rotate
+from extract.probing.linear import Fit, rotate
 
 
 def logistic(train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, *, penalty: float | None = None) -> Fit:

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from extract.embeddings import Embeddings
-from extract.model import ProbeModel
-from extract.writing import write_whole
+from extract.probing.model import ProbeModel
+from extract.probing.writing import write_whole
 from ingest.errors import StoreError
 from ingest.store import check_format, package_versions
 

@@ -1,6 +1,6 @@
 """Ridge regression, with a penalty per target that is chosen without splitting groups of scans.
 
-Ridge and logistic regression (`extract.logistic`) penalise the squared length of the weights, which a rotation of the
+Ridge and logistic regression (`probing.logistic`) penalise the squared length of the weights, which a rotation of the
 features leaves as it is. So the standardised training features are rotated to their principal axes once per fold: never
 more axes than scans, and a closed form for every penalty and every target. The predictions are those of the unrotated
 model.

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from extract.plots import BLUE, COLOURS, GREY, PALE, shorten, styled, to_svg
-from extract.results import OutOfFold
+from extract.probing.plots import BLUE, COLOURS, GREY, PALE, shorten, styled, to_svg
+from extract.probing.results import OutOfFold
 
 #: Scans of a bin, at least, and bins at most.
 _LEAST, _MOST_BINS = 12, 10

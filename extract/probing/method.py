@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from extract.cross_validation import PENALTY_PEOPLE, Outcome, Sample
-from extract.linear import PENALTY_SCANS
-from extract.probe_settings import ProbeSettings
-from extract.targets import MIN_CLASS_PER_FOLD, Target
+from extract.probing.cross_validation import PENALTY_PEOPLE, Outcome, Sample
+from extract.probing.linear import PENALTY_SCANS
+from extract.probing.settings import ProbeSettings
+from extract.probing.targets import MIN_CLASS_PER_FOLD, Target
 
 
 def describe_method(target: Target, sample: Sample, outcomes: Sequence[Outcome], settings: ProbeSettings) -> str:

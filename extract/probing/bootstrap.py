@@ -23,7 +23,7 @@ def draw_weights(units: int, draws: int, seed: int) -> np.ndarray:
 
 
 def weighted_auc(codes: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`extract.scores.auc` of each draw, (draw,); NaN where a class was not drawn.
+    """`probing.scores.auc` of each draw, (draw,); NaN where a class was not drawn.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def _area(ordered: np.ndarray, positive: np.ndarray, starts: np.ndarray) -> np.n
 def weighted_balanced_accuracy(
     codes: np.ndarray, probabilities: np.ndarray, frequencies: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """`extract.scores.balanced_accuracy` of each draw, (draw,); NaN where a class was not drawn."""
+    """`probing.scores.balanced_accuracy` of each draw, (draw,); NaN where a class was not drawn."""
     right = np.argmax(probabilities / frequencies, axis=1) == codes
     of_class = np.eye(len(frequencies))[codes]  # (scan, class)
     with np.errstate(invalid="ignore"):
@@ -66,7 +66,7 @@ def weighted_balanced_accuracy(
 
 
 def weighted_pearson(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`extract.scores.pearson` of each draw, (draw,)."""
+    """`probing.scores.pearson` of each draw, (draw,)."""
     total = weights.sum(axis=1)
     a, b = truth - truth.mean(), predicted - predicted.mean()
     with np.errstate(invalid="ignore"):
@@ -82,7 +82,7 @@ def weighted_pearson(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarr
 def weighted_r_squared(
     truth: np.ndarray, predicted: np.ndarray, training_mean: float, weights: np.ndarray
 ) -> np.ndarray:
-    """`extract.scores.r_squared` of each draw, (draw,)."""
+    """`probing.scores.r_squared` of each draw, (draw,)."""
     baseline = weights @ (truth - training_mean) ** 2
     error = weights @ (truth - predicted) ** 2
     r2 = np.where(baseline > 0, 1 - error / np.where(baseline > 0, baseline, 1), 0.0)
@@ -90,7 +90,7 @@ def weighted_r_squared(
 
 
 def weighted_mean_absolute_error(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`extract.scores.mean_absolute_error` of each draw, (draw,)."""
+    """`probing.scores.mean_absolute_error` of each draw, (draw,)."""
     with np.errstate(invalid="ignore"):
         return weights @ np.abs(truth - predicted) / weights.sum(axis=1)
 

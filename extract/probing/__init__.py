@@ -1,0 +1,1 @@
+"""Linear probes of embeddings: scores, reports, and models for new people."""
