@@ -196,8 +196,10 @@ def test_no_threads_are_left(store):
 
 
 PROGRAM = """
+import signal
 import sys
 from loaders import open_loader
+signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that are started in the background ignore it
 with open_loader(sys.argv[1], batch_size=2, backend=sys.argv[2], deadline=60) as loader:
     while True:
         for batch in loader:
