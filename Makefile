@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 
 test: lint
 	@# One thread each for torch: the tests run side by side, and OpenMP's threads spin while they wait for one another.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

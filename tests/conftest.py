@@ -16,10 +16,25 @@ from ingest.grid import FSL_MNI152_AFFINE, FSL_MNI152_SHAPE
 DATA = Path(os.environ.get("BRAIN_VOLUMES_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+#: Files that take long; begun first, none of them is left to one worker at the end.
+LONG = (
+    "readme",
+    "packaging",
+    "benchmarks",
+    "extract",
+    "object_stores",
+    "memory",
+    "clusters",
+    "fast_networks",
+    "withdraw",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine has no data or device for."""
+    """Skip what this machine has no data or device for, and begin with what takes long."""
     import torch
 
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)  # in their order otherwise
     for item in items:
         if item.get_closest_marker("real_data") and not DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason="no real data here (set BRAIN_VOLUMES_DATA)"))

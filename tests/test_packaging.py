@@ -57,7 +57,7 @@ def test_simulate_ingest_extract_probe_elsewhere(elsewhere, tmp_path):
     run(elsewhere / "ingest", "simulate", "c", "--participants", 24, "--seed", 1, cwd=tmp_path)
     run(elsewhere / "ingest", "c", "s.zarr", "--phenotypes", "c/phenotypes.csv", cwd=tmp_path)
     run(elsewhere / "ingest", "report", "s.zarr", "qc.html", cwd=tmp_path)  # its template is in the wheel
-    run(elsewhere / "extract", "s.zarr", "e.h5", "--weights", "random", "--slices", 1, "--scale", 0.5, cwd=tmp_path)
+    run(elsewhere / "extract", "s.zarr", "e.h5", "--weights", "random", "--view", "axial", cwd=tmp_path)
     probe = (elsewhere / "probe", "e.h5", "--targets", "sex,age", "--folds", 3, "--repeats", 1, "--json")
     scores, again = (json.loads(run(*probe, *more, cwd=tmp_path)) for more in (("--report", "r.html"), ()))
     assert scores == {**again, "report": "r.html"}  # a re-run gives the same scores
