@@ -18,6 +18,8 @@ from extract.models import MODELS, family_of, parameter_shapes
 
 #: ``format`` of a checkpoint of ours.
 FORMAT = "brain-volumes-checkpoint"
+#: In the folder of a run of finetune, its checkpoint with the best weights.
+BEST = "best.pt"
 
 #: What training puts before the names of a network's parameters.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -52,7 +54,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a file of weights that ``torch.save`` wrote.
+    """Read a file of weights that ``torch.save`` wrote, or the best ones in the folder of a run of finetune.
 
     It holds one of
 
@@ -68,17 +70,34 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         If the file is something else, is damaged, or asks for code to be run.
     """
     path = os.fspath(path)
+    content, sha256 = load_content(path)
+    return _interpret(content, os.path.basename(path), sha256)
+
+
+def load_content(path: str) -> tuple[object, str]:
+    """Return what a file that ``torch.save`` wrote holds, and its sha256; of the folder of a run its best weights.
+
+    Raises
+    ------
+    WeightsUnavailableError
+        If the file is something else, is damaged, or asks for code to be run.
+    """
     if os.path.isdir(path):
-        raise WeightsUnavailableError(f"{path} is a folder, expected a file of weights; --weights-dir takes folders")
+        best = os.path.join(path, BEST)
+        if not os.path.isfile(best):
+            raise WeightsUnavailableError(
+                f"{path} is a folder without {BEST}, expected that of a finetune run, or a file of weights; "
+                "--weights-dir takes folders of torchvision's files"
+            )
+        path = best
     if not os.path.isfile(path):
         raise WeightsUnavailableError(f"{path} is no file, expected weights saved by torch.save")
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            content = _load(file, path)
+            return _load(file, path), sha256
     except OSError as error:
         raise WeightsUnavailableError(f"{path} cannot be read: {error.strerror or error}") from None
-    return _interpret(content, os.path.basename(path), sha256)
 
 
 def _load(file: IO[bytes], path: str) -> object:

@@ -86,6 +86,10 @@ class Group:
             torch.distributed.gather_object(what, given, dst=0)
         return given or []
 
+    def gather_all(self, what: Any) -> list[Any]:
+        """Return in every process, once all have come here, what each of them gives."""
+        return list(self.tell(self.gather(what)))
+
 
 @contextlib.contextmanager
 def join_group() -> Iterator[Group]:
@@ -94,7 +98,10 @@ def join_group() -> Iterator[Group]:
     if "RANK" not in os.environ or size == 1:
         yield Group()
         return
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    backend = (
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    )  # nccl: gradients of networks that are trained
+    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
         rank = torch.distributed.get_rank()
         yield Group(rank, size, int(os.environ.get("LOCAL_RANK", rank)))

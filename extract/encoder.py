@@ -17,16 +17,7 @@ from torch import nn
 from extract.fast import choose_precision, compile_network, exact_float32
 from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import collapse_to_grey
-from extract.inputs import (
-    as_crop,
-    as_size,
-    crop_pictures,
-    crop_volumes,
-    cut_slices,
-    resize,
-    seen_slices,
-    target_size,
-)
+from extract.inputs import as_crop, as_size, pictures_of, resize, slices_to_load, target_size
 from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
 from extract.models import check_picture, family_of, make_network
 from extract.weights import Weights, load_weights
@@ -128,9 +119,7 @@ class Encoder:
         ValueError
             If there are fewer slices, or the crop is larger than a volume.
         """
-        if self.view in (View.volume, View.triplanar):
-            return np.empty(0, np.int64)
-        return seen_slices(shape_zyx, self.view, self.slices, self.crop)
+        return slices_to_load(shape_zyx, self.view, self.slices, self.crop)
 
     def check(self, shape_zyx: tuple[int, int, int]) -> None:
         """Check that the encoder takes stored volumes of a shape.
@@ -145,11 +134,7 @@ class Encoder:
             check_picture(self.model, target_size(picture.shape[2:], self.scale, self.size), names)
 
     def _pictures(self, images: torch.Tensor, cut: bool) -> list[torch.Tensor]:
-        """Return what is seen of scans: per plane (scan, slice, height, width), or volumes (scan, 1, z, y, x)."""
-        if cut:
-            return [crop_pictures(images, self.view, self.crop)]
-        images = crop_volumes(images, self.crop)
-        return [images[:, None]] if self.view is View.volume else cut_slices(images, self.view, self.slices)
+        return pictures_of(images, self.view, self.slices, self.crop, cut=cut)
 
     def _features(self, grey: torch.Tensor) -> torch.Tensor:
         """uint8 (item, 1, [z,] y, x) -> float32 (item, feature)."""
@@ -254,7 +239,7 @@ def build_encoder(
     names = check_layers(model, layers, pooling, one_picture=one_picture)
     if plain and (compiled or precision not in ("auto", "float32")):
         raise ValueError("a plain network is neither compiled nor of another precision than float32")
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     dtype = torch.float32 if plain else choose_precision(precision, chosen)
     loaded = load_weights(model, weights, weights_dir)
     with torch.random.fork_rng(devices=[]):
@@ -309,7 +294,8 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Turn ``auto`` into a GPU where there is one, else the CPU; ValueError for what is unknown or not there."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda" if gpus else "cpu")

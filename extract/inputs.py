@@ -125,6 +125,44 @@ def cut_slices(images: torch.Tensor, view: View, slices: int) -> list[torch.Tens
     return slices_of(images, view, slices)
 
 
+def slices_to_load(
+    shape_zyx: tuple[int, int, int], view: View, slices: int, crop: tuple[int, int, int] | None
+) -> np.ndarray:
+    """Return the indices (int64) of the slices that a loader is to cut of stored volumes; none if it gives volumes.
+
+    Raises
+    ------
+    ValueError
+        See `seen_slices`.
+    """
+    if view in (View.volume, View.triplanar):
+        return np.empty(0, np.int64)
+    return seen_slices(shape_zyx, view, slices, crop)
+
+
+def pictures_of(
+    images: torch.Tensor, view: View, slices: int, crop: tuple[int, int, int] | None, *, cut: bool
+) -> list[torch.Tensor]:
+    """Return what is seen of scans: per plane (scan, slice, height, width), or volumes (scan, 1, z, y, x).
+
+    Parameters
+    ----------
+    images
+        (scan, z, y, x), RAS; or those slices that `slices_to_load` names, (scan, slice, height, width).
+    cut
+        They are slices already.
+
+    Raises
+    ------
+    ValueError
+        If the crop is larger than they are, or there are fewer slices.
+    """
+    if cut:
+        return [crop_pictures(images, view, crop)]
+    images = crop_volumes(images, crop)
+    return [images[:, None]] if view is View.volume else cut_slices(images, view, slices)
+
+
 def target_size(shape: Sequence[int], scale: float, size: tuple[int, ...] | None) -> tuple[int, ...]:
     """Return how large pictures of a shape are made."""
     return size or tuple(max(1, round(n * scale)) for n in shape)

@@ -7,6 +7,10 @@ class StoreError(ValueError):
     """A store (or embedding file) that cannot be used as asked."""
 
 
+class StoreBusyError(StoreError):
+    """A store (or embedding file, or run) that another process is writing."""
+
+
 class SourceError(FileNotFoundError):
     """A source folder in which no scans can be found."""
 

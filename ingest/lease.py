@@ -22,7 +22,7 @@ from typing import Any
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from ingest.errors import ObjectStoreError, StoreError
+from ingest.errors import ObjectStoreError, StoreBusyError, StoreError
 from ingest.places import ObjectPath, clear_errors, client
 
 #: Seconds between two signs of life, and without any until a lock counts as abandoned.
@@ -36,7 +36,7 @@ def store_lease(store: ObjectPath) -> Iterator[Callable[[], None]]:
 
     Raises
     ------
-    StoreError
+    StoreBusyError
         If another process holds it; names that process.
     """
     path = store.with_name(store.name + ".lock")
@@ -76,7 +76,7 @@ class _Lease:
             time.sleep(min(1.0, HEARTBEAT_S / 4))
             now, holder = self._look()
             if now is not None and now != seen:
-                raise StoreError(
+                raise StoreBusyError(
                     f"{store} is being written by {holder.get('who', 'another process')}; "
                     "wait until that has ended, or stop it first"
                 )
@@ -84,7 +84,7 @@ class _Lease:
         try:
             self._write("create" if seen is None else {"e_tag": seen})
         except (AlreadyExistsError, PreconditionError):
-            raise StoreError(
+            raise StoreBusyError(
                 f"{store} is being written by another process, which has just begun; wait for it"
             ) from None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ingest.errors import StoreError
+from ingest.errors import StoreBusyError, StoreError
 from ingest.places import Place
 
 #: What a file system answers that has no locks at all (some network mounts).
@@ -28,8 +28,10 @@ def store_lock(store: Place) -> Iterator[Callable[[], None]]:
 
     Raises
     ------
-    StoreError
+    StoreBusyError
         If another process holds it; names that process.
+    StoreError
+        If the file system has no locks.
     """
     if not isinstance(store, Path):
         from ingest.lease import store_lease
@@ -59,7 +61,7 @@ def _acquire(path: Path, store: Path) -> int:
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise StoreError(
+            raise StoreBusyError(
                 f"{store} is being written by {holder}; wait until that has ended, or stop it first"
             ) from None
         except OSError as error:

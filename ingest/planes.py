@@ -1,4 +1,4 @@
-"""Three planes through the middle of a volume, upright, patient left on the left."""
+"""Three planes through a volume, upright, patient left on the left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Plane:
     Attributes
     ----------
     pixels
-        uint8 (height, width), first row on top.
+        (height, width), first row on top, of the type of the volume's voxels.
     left, right
         Letters of the patient's sides at the left and right edge: L, R, P (posterior) or A (anterior).
     """
@@ -26,13 +26,15 @@ class Plane:
     right: str
 
 
-def planes_of(volume: np.ndarray) -> list[Plane]:
-    """Cut the axial, coronal and sagittal plane through the middle of a volume.
+def planes_of(volume: np.ndarray, at: tuple[int, int, int] | None = None) -> list[Plane]:
+    """Cut the axial, coronal and sagittal plane through a voxel of a volume.
 
     Parameters
     ----------
     volume
-        uint8 (z, y, x), RAS: x left to right, y back to front, z bottom to top.
+        (z, y, x), RAS: x left to right, y back to front, z bottom to top.
+    at
+        (z, y, x) of the voxel, by default the middle.
 
     Returns
     -------
@@ -40,7 +42,7 @@ def planes_of(volume: np.ndarray) -> list[Plane]:
         Front is up in the axial plane, the top of the head in the others; patient left is left (the neurological
         convention), and the sagittal plane looks to the right.
     """
-    z, y, x = (length // 2 for length in volume.shape)
+    z, y, x = at or (length // 2 for length in volume.shape)
     return [
         Plane("axial", volume[z, ::-1, :], "L", "R"),
         Plane("coronal", volume[::-1, y, :], "L", "R"),
@@ -49,7 +51,7 @@ def planes_of(volume: np.ndarray) -> list[Plane]:
 
 
 def side_by_side(planes: Sequence[Plane], gap: int) -> tuple[np.ndarray, list[int]]:
-    """Put planes beside each other on black.
+    """Put planes beside each other on black (zeros).
 
     Parameters
     ----------
@@ -59,13 +61,13 @@ def side_by_side(planes: Sequence[Plane], gap: int) -> tuple[np.ndarray, list[in
     Returns
     -------
     canvas : numpy.ndarray
-        uint8 (height, width); lower planes lie in the middle of its height.
+        (height, width), of the planes' type; lower planes lie in the middle of its height.
     starts : list of int
         The column at which each plane begins.
     """
     height = max(plane.pixels.shape[0] for plane in planes)
     width = sum(plane.pixels.shape[1] for plane in planes) + gap * (len(planes) - 1)
-    canvas = np.zeros((height, width), np.uint8)
+    canvas = np.zeros((height, width), planes[0].pixels.dtype)
     starts = []
     start = 0
     for plane in planes:

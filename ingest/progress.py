@@ -16,13 +16,17 @@ class _RateColumn(ProgressColumn):
 
 
 class _NotesColumn(ProgressColumn):
-    """Bytes read, failures, share of time that a network computes, of tasks that tell (same names, and ``busy``)."""
+    """Bytes read, failures, share of time that a network computes, of tasks that tell (same names, and ``busy``).
+
+    ``notes`` are shown as they are.
+    """
 
     def render(self, task: Task) -> Text:
         read, failures = task.fields.get("bytes"), task.fields.get("failures")
         busy = task.fields.get("busy")
         notes = [] if read is None else [decimal(read)]
         notes += [] if busy is None else [f"network busy {busy:.0%}"]
+        notes += [task.fields["notes"]] if "notes" in task.fields else []
         return Text(" ".join(notes)) + Text(f" {failures} failed" if failures else "", style="red")
 
 

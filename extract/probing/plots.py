@@ -113,25 +113,25 @@ def roc_plot(found: OutOfFold, labels: list[str]) -> bytes:
     """Draw ROC curves (at equal false positive rates, mean over folds); of two classes each fold's, too.
 
     Of more than two classes each has its curve against the rest. Folds in which a class or the rest was not tested
-    have no curve.
+    have no curve. One fold is called the test scans.
 
     Returns
     -------
     bytes
         An SVG file.
     """
-    two = len(labels) == 2
+    two, several = len(labels) == 2, len(np.unique(found.fold)) > 1
     with styled():
         figure = Figure(figsize=(4.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="chance")
         for code in [1] if two else range(len(labels)):
             curves = _fold_curves(found, code)
-            if two:
+            if two and several:
                 for number, curve in enumerate(curves):
                     axes.plot(_RATES, curve, color=PALE, linewidth=1, label=None if number else "each fold")
             if curves:
-                name = "mean of folds" if two else shorten(labels[code], 18)
+                name = ("mean of folds" if several else "test scans") if two else shorten(labels[code], 18)
                 style = COLOURS[0 if two else code % len(COLOURS)]
                 line = "-" if code < len(COLOURS) else "--"
                 axes.plot(_RATES, np.mean(curves, axis=0), color=style, linewidth=2, linestyle=line, label=name)

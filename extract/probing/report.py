@@ -14,7 +14,8 @@ from extract.probing.montage import montage_png, read_brains
 from extract.probing.report_targets import Picture, Score, curve_pictures, data_uri, panels, predictions, table_rows
 from extract.probing.writing import write_whole
 
-_ABSENT = "not recorded"
+#: Instead of what a file does not say.
+ABSENT = "not recorded"
 
 
 def write_report(
@@ -89,7 +90,7 @@ def render_report(
         summary=_summary(probed, settings),
         names=[one.name for one in probed],
         targets=table_rows(probed, differences),
-        kind=_kind,
+        kind=kind_of,
         confounds=list(dict.fromkeys(name for result in results for name in result.confounds)),
         permutations=max((result.permutations for result in results), default=0),
         null="; ".join(dict.fromkeys(result.null for result in results if result.null)),
@@ -110,19 +111,19 @@ def render_report(
         warnings=warnings,
         provenance=[(one.name, _provenance(one.embeddings.attrs)) for one in probed],
         settings=[
-            (key.replace("_", " "), "none" if value is None else _plain(value)) for key, value in settings.items()
+            (key.replace("_", " "), "none" if value is None else plain(value)) for key, value in settings.items()
         ],
     )
     return page, warnings
 
 
-def _kind(score: Score) -> str:
+def kind_of(score: Score) -> str:
     """Return the style of a verdict."""
     return "undefined" if score.verdict == "not defined" else score.verdict.split()[0]
 
 
 def _weights(one: Probed) -> str:
-    return str((one.embeddings.attrs.get("weights") or {}).get("name", _ABSENT))
+    return str((one.embeddings.attrs.get("weights") or {}).get("name", ABSENT))
 
 
 def _summary(probed: Sequence[Probed], settings: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -138,12 +139,12 @@ def _summary(probed: Sequence[Probed], settings: Mapping[str, object]) -> list[t
     if len(probed) > 1:
         return [*found, ("Embeddings", ", ".join(one.name for one in probed))]
     attrs = first.attrs
-    view = str(attrs.get("view", _ABSENT))
-    digest = str((attrs.get("weights") or {}).get("sha256", _ABSENT))
+    view = str(attrs.get("view", ABSENT))
+    digest = str((attrs.get("weights") or {}).get("sha256", ABSENT))
     return [
         *found,
         ("Features", f"{first.features.shape[1]:,}"),
-        ("Model", str(attrs.get("model", _ABSENT))),
+        ("Model", str(attrs.get("model", ABSENT))),
         ("View", "whole volume" if view == "volume" else f"{view} × {attrs.get('slices', '?')} slices"),
         ("Weights", f"{_weights(probed[0])}, sha256 {digest[:12]}…"),
     ]
@@ -155,51 +156,52 @@ def _provenance(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
     size = " × ".join(str(length) for length in reversed(grid.get("shape_zyx", [])))
     versions = attrs.get("created_by") or {}
     return [
-        ("model", _plain(attrs.get("model"))),
-        ("weights", _plain(weights.get("name"))),
-        ("weights sha256", _plain(weights.get("sha256"))),
+        ("model", plain(attrs.get("model"))),
+        ("weights", plain(weights.get("name"))),
+        ("weights sha256", plain(weights.get("sha256"))),
         ("layers", _layers(attrs)),
-        ("view", _plain(attrs.get("view"))),
-        ("slices per view", "whole volume" if attrs.get("view") == "volume" else _plain(attrs.get("slices"))),
-        ("pooling", _plain(attrs.get("pooling"))),
-        ("crop (z, y, x)", _plain(attrs.get("crop") or "none")),
-        ("size of the input", _plain(attrs.get("size") or f"scaled by {_plain(attrs.get('scale'))}")),
-        ("precision", _plain(attrs.get("precision"))),
-        ("input rule", str(rule.get("rule", _ABSENT))),
-        ("input mean, std", f"{_plain(rule.get('mean'))}; {_plain(rule.get('std'))}"),
-        ("loader backend", _plain(attrs.get("backend"))),
-        ("store", _last_component(str(store["path"])) if store.get("path") else _ABSENT),
-        ("store id", _plain(store.get("id"))),
+        ("view", plain(attrs.get("view"))),
+        ("slices per view", "whole volume" if attrs.get("view") == "volume" else plain(attrs.get("slices"))),
+        ("pooling", plain(attrs.get("pooling"))),
+        ("crop (z, y, x)", plain(attrs.get("crop") or "none")),
+        ("size of the input", plain(attrs.get("size") or f"scaled by {plain(attrs.get('scale'))}")),
+        ("precision", plain(attrs.get("precision"))),
+        ("input rule", str(rule.get("rule", ABSENT))),
+        ("input mean, std", f"{plain(rule.get('mean'))}; {plain(rule.get('std'))}"),
+        ("loader backend", plain(attrs.get("backend"))),
+        ("store", last_component(str(store["path"])) if store.get("path") else ABSENT),
+        ("store id", plain(store.get("id"))),
         (
             "grid",
-            f"{size} voxels (x, y, z) of {grid.get('voxel_mm', 0):g} mm, RAS, {grid.get('space')}" if grid else _ABSENT,
+            f"{size} voxels (x, y, z) of {grid.get('voxel_mm', 0):g} mm, RAS, {grid.get('space')}" if grid else ABSENT,
         ),
         ("simulated", "yes" if attrs.get("simulated") else "no"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or _ABSENT),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or ABSENT),
     ]
 
 
 def _layers(attrs: Mapping[str, Any]) -> str:
     layers = attrs.get("layers")
     if not layers:
-        return _plain(attrs.get("layer"))
+        return plain(attrs.get("layer"))
     return ", ".join(f"{layer['name']} ({layer['features']:,} features)" for layer in layers)
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
     """Write a setting for people; of a path only the last component, since folders may name people."""
     if value is None:
-        return _ABSENT
+        return ABSENT
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple | set | frozenset):
-        return ", ".join(map(_plain, value)) or "none"
+        return ", ".join(map(plain, value)) or "none"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or "none"
     if isinstance(value, PurePath) or (isinstance(value, str) and value.startswith(("/", "~", ".", "\\"))):
-        return _last_component(str(value))
+        return last_component(str(value))
     return str(value)
 
 
-def _last_component(path: str) -> str:
+def last_component(path: str) -> str:
+    """Return the name of a file without its folders, whose names may be those of people."""
     return PureWindowsPath(path).name or path

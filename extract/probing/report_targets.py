@@ -13,7 +13,8 @@ from extract.probing.plots import MANY_POINTS, confusion_plot, forest_plot, roc_
 from extract.probing.plots_compared import curve_plot, grouped_forest_plot
 from extract.probing.results import Interval, TargetResult
 
-_METRICS = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "r": "r", "r2": "R²", "mae": "MAE"}
+#: As reports write them.
+METRICS = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "r": "r", "r2": "R²", "mae": "MAE"}
 
 #: Headline metrics: title of the panel, its axis, and the least span of that axis.
 _PANELS = {
@@ -110,11 +111,11 @@ def _row(one: Probed, result: TargetResult, difference: Interval | None) -> Row:
     return Row(
         one.name,
         result,
-        headline=_score(result.metric, result.headline, units),
-        others=[_score(name, found, units) for name, found in result.metrics.items() if name != result.metric],
-        alone=None if alone is None else _score(result.metric, alone, units),
-        gain=None if gain is None else _score(result.metric, gain, units),
-        difference=None if difference is None else _score(result.metric, difference, units),
+        headline=score_in_words(result.metric, result.headline, units),
+        others=[score_in_words(name, found, units) for name, found in result.metrics.items() if name != result.metric],
+        alone=None if alone is None else score_in_words(result.metric, alone, units),
+        gain=None if gain is None else score_in_words(result.metric, gain, units),
+        difference=None if difference is None else score_in_words(result.metric, difference, units),
         p="" if result.p_value is None else f"{result.p_value:.2g}",
     )
 
@@ -124,22 +125,24 @@ def _units(one: Probed, result: TargetResult) -> str:
     return "categories" if labels else result.units or ""  # codes count categories, whatever these are of
 
 
-def _score(metric: str, interval: Interval, units: str) -> Score:
+def score_in_words(metric: str, interval: Interval, units: str) -> Score:
+    """Write a score and what belongs to it; units are those of errors."""
     unit = f" {units}" if metric == "mae" and units else ""
     drawn = ""
     if interval.boot_low is not None and interval.boot_high is not None:
-        drawn = f"{_number(interval.boot_low, metric)} to {_number(interval.boot_high, metric)}"
+        drawn = f"{number_in_words(interval.boot_low, metric)} to {number_in_words(interval.boot_high, metric)}"
     return Score(
-        _METRICS.get(metric, metric),
-        _number(interval.score, metric) + unit,
-        f"{_number(interval.low, metric)} to {_number(interval.high, metric)}",
-        _number(interval.chance, metric),
+        METRICS.get(metric, metric),
+        number_in_words(interval.score, metric) + unit,
+        f"{number_in_words(interval.low, metric)} to {number_in_words(interval.high, metric)}",
+        number_in_words(interval.chance, metric),
         verdict(interval),
         drawn,
     )
 
 
-def _number(value: float, metric: str) -> str:
+def number_in_words(value: float, metric: str) -> str:
+    """Write the value of a metric with as many digits as tell something; a dash if it is not defined."""
     if not math.isfinite(value):
         return "–"
     if metric == "mae":  # three figures, in whatever unit
@@ -184,8 +187,8 @@ def curve_pictures(probed: Sequence[Probed]) -> list[Picture]:
         curves = {one.name: one.curves[target] for one in probed if target in one.curves}
         metric = next(iter(curves.values())).metric
         sizes = sorted({point.people for curve in curves.values() for point in curve.points})
-        plot = curve_plot(curves, ylabel=f"{_METRICS.get(metric, metric)} (dashed: chance)")
-        alt = f"learning curve of {target}: {_METRICS.get(metric, metric)} with {sizes[0]:,} to {sizes[-1]:,} people"
+        plot = curve_plot(curves, ylabel=f"{METRICS.get(metric, metric)} (dashed: chance)")
+        alt = f"learning curve of {target}: {METRICS.get(metric, metric)} with {sizes[0]:,} to {sizes[-1]:,} people"
         notes = [
             f"no point at {size:,}{f' with {name}' if len(curves) > 1 else ''}: {reason}"
             for name, curve in curves.items()

@@ -1,0 +1,166 @@
+"""Checkpoints: the network with all that predictions need, and, of a run under way, all that it takes to go on.
+
+A checkpoint is a dict that ``torch.load(weights_only=True)`` reads. `extract.checkpoints` reads the same files for
+their encoder: ``format``, ``model``, ``state_dict`` (``encoder.*``), ``mean`` and ``std`` are its part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from extract.checkpoints import BEST, FORMAT, load_content
+from extract.errors import WeightsUnavailableError
+from extract.probing.writing import write_whole
+from finetune.heads import Head
+from finetune.network import Input, ScanNetwork
+from finetune.settings import FinetuneSettings, make_settings
+from loaders.views import View
+
+LAST = "last.pt"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a checkpoint holds.
+
+    Attributes
+    ----------
+    network
+        In evaluation mode.
+    heads
+        What it gives.
+    settings
+        Of the run.
+    attrs
+        Provenance: ``store`` (path, id, grid), ``simulated``, ``weights`` (name, sha256) that it began with,
+        ``created_by`` (versions), and ``epoch`` and ``step`` of these weights.
+    sha256
+        Of the file.
+    """
+
+    network: ScanNetwork
+    heads: list[Head]
+    settings: FinetuneSettings
+    attrs: dict[str, Any]
+    sha256: str
+
+
+def checkpoint_of(
+    network: ScanNetwork,
+    settings: FinetuneSettings,
+    attrs: Mapping[str, Any],
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the content of a checkpoint.
+
+    Parameters
+    ----------
+    state_dict
+        Other weights of the network than those that it has.
+    training
+        What it takes to go on.
+    """
+    seen = network.seen
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {
+            "name": network.model,
+            "pool": "mean" if network.attention is None else "attention",
+            "input": {**asdict(seen), "view": str(seen.view), "mean": list(seen.mean), "std": list(seen.std)},
+            "heads": [head.to_json() for head in network.heads_info],
+        },
+        "mean": list(seen.mean),
+        "std": list(seen.std),
+        "settings": settings.model_dump(mode="json"),
+        "attrs": dict(attrs),
+        "state_dict": {name: value.cpu() for name, value in (state_dict or network.state_dict()).items()},
+    }
+    return document if training is None else {**document, "training": dict(training)}
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint; it appears whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure could leave the name without the bytes
+
+    write_whole(path, write)
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint of ours.
+
+    Raises
+    ------
+    WeightsUnavailableError
+        If it is something else.
+    """
+    return _read(os.fspath(path))[0]
+
+
+def load_run(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedRun:
+    """Load the network of a run.
+
+    Parameters
+    ----------
+    path
+        The folder of a run, of which its best weights are taken, or a checkpoint.
+
+    Raises
+    ------
+    WeightsUnavailableError
+        If there is none, or it is something else.
+    """
+    content, sha256 = _read(os.fspath(path))
+    name = os.path.basename(os.path.normpath(path))
+    try:
+        model, settings = content["model"], make_settings(content["settings"], name)
+        seen, heads = _input(model["input"]), [Head.from_json(head) for head in model["heads"]]
+        network = ScanNetwork(model["name"], seen, heads, pool=model["pool"], dropout=settings.dropout)
+        network.load_state_dict(content["state_dict"])
+        attrs = dict(content["attrs"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsUnavailableError(f"{path} is no complete checkpoint of a finetune run: {reason}") from None
+    return LoadedRun(network.to(device).eval(), heads, settings, attrs, sha256)
+
+
+def _read(path: str) -> tuple[dict[str, Any], str]:
+    content, sha256 = load_content(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "settings" not in content:
+        raise WeightsUnavailableError(f"{path} is no checkpoint of a finetune run, expected RUN_DIR or its {BEST}")
+    if content.get("version") != VERSION:
+        raise WeightsUnavailableError(
+            f"{path} is a checkpoint of version {content.get('version')!r}, this is for {VERSION}; use the version of "
+            "this package that wrote it"
+        )
+    return content, sha256
+
+
+def _input(document: Mapping[str, Any]) -> Input:
+    return Input(
+        view=View(document["view"]),
+        slices=int(document["slices"]),
+        crop=_numbers(document["crop"]),  # type: ignore[arg-type]
+        size=_numbers(document["size"]),
+        scale=float(document["scale"]),
+        mean=tuple(map(float, document["mean"])),
+        std=tuple(map(float, document["std"])),
+    )
+
+
+def _numbers(values: Any) -> tuple[int, ...] | None:
+    return None if values is None else tuple(map(int, values))

@@ -1,0 +1,116 @@
+"""The ``finetune`` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import TaskID
+from typer.core import TyperGroup
+
+from extract.cli import WEIGHTS_UNAVAILABLE
+from extract.distributed import join_group
+from extract.errors import WeightsUnavailableError
+from finetune.errors import NonFiniteLossError
+from finetune.options import Config, settings_from, with_settings
+from finetune.printing import print_result
+from finetune.results import SETTINGS
+from finetune.run import Progress, finetune
+from ingest.progress import progress_bar
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class _RunByDefault(TyperGroup):
+    """``finetune STORE RUN_DIR`` is ``finetune run STORE RUN_DIR``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a network for a phenotype:  finetune STORE RUN_DIR --target NAME",
+)
+
+Store = Annotated[str, typer.Argument(metavar="STORE", help="A store made by ingest, or s3://bucket/store.zarr")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run; of one that was killed, to go on.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew, if RUN_DIR is that of a run.")]
+
+
+@app.command("run")
+@with_settings
+def run_command(
+    store: Store,
+    run_dir: RunDir,
+    config: Config = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Train, choose the best epoch by validation, and score it on people who were held back (the default command)."""
+    if config is None and (run_dir / SETTINGS).is_file() and not any(flags.values()):
+        config = run_dir / SETTINGS  # to go on, it is enough to name the run
+    settings = settings_from(config, flags)
+    logging.getLogger("loaders").addFilter(_is_no_skipped_scan)
+    with join_group() as group:
+        with progress_bar("finetune", errors if group.rank == 0 else Console(quiet=True)) as bar:
+            task = bar.add_task("finetune", total=None)
+            result = finetune(
+                store, run_dir, settings,
+                group=group, overwrite=overwrite, on_progress=lambda progress: _show(bar, task, progress),
+            )  # fmt: skip
+        if group.rank:
+            return
+    print_result(result, console, errors, as_json=as_json)
+    if result.skipped or any(one.status != "ok" for one in result.test):
+        raise typer.Exit(1)
+
+
+def _is_no_skipped_scan(record: logging.LogRecord) -> bool:
+    """Tell of a message of the loader whether it is another one than of those that the summary repeats."""
+    return not record.getMessage().startswith("skipped:")
+
+
+def _show(bar: Bar, task: TaskID, progress: Progress) -> None:
+    notes = [f"epoch {min(progress.epoch + 1, progress.epochs)}/{progress.epochs}", f"loss {progress.loss:.3f}"]
+    notes += [f"{name} {score:.3f}" for name, score in list(progress.scores.items())[:4]]
+    notes += [f"{progress.scans_per_second:.1f} scans/s"] if progress.scans_per_second else []
+    notes += [f"starved {progress.starved:.0%}"] if progress.scans_per_second else []
+    bar.update(task, completed=progress.step, total=progress.steps, notes=", ".join(notes))
+
+
+def main() -> None:
+    """Run the command; expected failures are one line on stderr and exit code 1, or 3 if weights cannot be had."""
+    try:
+        app()
+    except WeightsUnavailableError as error:
+        errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(WEIGHTS_UNAVAILABLE)
+    except (ValueError, FileNotFoundError, NonFiniteLossError, OSError) as error:
+        errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        errors.print(
+            f"error: the GPU has not enough memory ({reason}); use a smaller --micro-batch, --checkpointing or --scale",
+            style="red", soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Which scans of a store a run is about: their labels, who they are, and which part they are in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from extract.embeddings import Embeddings
+from extract.probing.folds import class_strata, value_strata
+from extract.probing.groups import read_groups
+from extract.probing.targets import Target, read_targets, target_names
+from extract.run import scans_table
+from finetune.heads import Head, make_head
+from finetune.losses import class_weights, scan_weights
+from finetune.settings import FinetuneSettings
+from finetune.split import Split, read_split, split_people, training_people
+from ingest.store import VolumeStore
+from loaders.select import select_rows
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Scans of which a target is known.
+
+    Attributes
+    ----------
+    rows
+        int64 (scan,), rows of the store.
+    participants
+        Text (scan,).
+    targets
+        Their values.
+    split
+        Who is in which part.
+    part
+        Text (scan,): ``train``, ``validation``, ``test``, or nothing for scans that are left out: the split does not
+        name whose they are, or ``train_people`` are enough without them.
+    heads
+        One per target.
+    labels, weights
+        float32 (row of the store, target): what is learnt, and how much it counts; 0 where it is not known.
+    warnings
+        What is to be told.
+    """
+
+    rows: np.ndarray
+    participants: np.ndarray
+    targets: list[Target]
+    split: Split
+    part: np.ndarray
+    heads: list[Head]
+    labels: np.ndarray
+    weights: np.ndarray
+    warnings: list[str]
+
+    def rows_of(self, part: str) -> np.ndarray:
+        """Return the rows of a part, int64."""
+        return self.rows[self.part == part]
+
+    def people(self) -> dict[str, int]:
+        """Return how many people are in each part."""
+        return {part: len(np.unique(self.participants[self.part == part])) for part in ("train", "validation", "test")}
+
+    def scans(self) -> dict[str, int]:
+        """Return how many scans are in each part."""
+        return {part: int((self.part == part).sum()) for part in ("train", "validation", "test")}
+
+
+def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path | None = None) -> Cohort:
+    """Read labels and split people.
+
+    Parameters
+    ----------
+    split_file
+        Of a run that goes on; by default that of the settings, and without one people are drawn.
+
+    Raises
+    ------
+    ValueError
+        If targets are not known, cannot be learnt, or a part that is needed is empty.
+    """
+    if not settings.target:
+        raise ValueError("target is empty, expected a phenotype of the store; see: ingest inspect STORE")
+    rows = select_rows(store, where=settings.where)
+    table = as_table(store, rows)
+    names = target_names(table, settings.target)
+    everybody = read_groups(table, settings.groups, settings.kinship)
+    targets = read_targets(table, names, settings.task, {}, everybody.people)
+    for target in targets:
+        if target.reason:
+            raise ValueError(f"{target.name!r} cannot be learnt: {target.reason}")
+    known = np.any([target.present for target in targets], axis=0)
+    rows, groups = rows[known], everybody.rows(known)
+    targets = [_of_scans(target, known) for target in targets]
+    participants = table.scans["participant"].to_numpy().astype(str)[known]
+    if split_file is None and settings.split is not None:
+        split_file = Path(settings.split)
+    if split_file is not None:
+        split = read_split(split_file)
+    else:
+        split = split_people(
+            participants, groups.together, strata_of_units(targets[0], groups.together),
+            validation=settings.validation, test=settings.test, seed=settings.seed,
+        )  # fmt: skip
+    warnings = []
+    part = np.array([split.part_of.get(who, "") for who in participants], dtype=object)
+    strangers = len(np.unique(participants[part == ""]))
+    if strangers:
+        warnings.append(f"{strangers} people are in no part of the split, and left out")
+    train = part == "train"
+    if not train.any():
+        raise ValueError("nobody is in the training part; use more people, or another split")
+    if settings.train_people is not None:
+        strata = strata_of_units(targets[0], groups.people)
+        kept = training_people(participants, strata, train, settings.train_people, seed=settings.seed)
+        part[train & ~kept] = ""
+        train = kept
+    balanced = settings.class_weights == "balanced"
+    heads = [make_head(target, train, balanced=balanced) for target in targets]
+    labels = np.full((len(store.scans), len(heads)), np.nan, np.float32)
+    weights = np.zeros_like(labels)
+    for column, (head, target) in enumerate(zip(heads, targets, strict=True)):
+        encoded = head.encode(target.values)
+        labels[rows, column] = encoded
+        of_class = class_weights(head, encoded[train], balanced=balanced)
+        weights[rows, column] = scan_weights(head, encoded, of_class)
+    return Cohort(rows, participants, targets, split, part, heads, labels, weights, warnings)
+
+
+def as_table(store: VolumeStore, rows: np.ndarray) -> Embeddings:
+    """Return what is known of scans as embeddings without features, which everything about phenotypes takes."""
+    return Embeddings(
+        np.empty((len(rows), 0), np.float32),
+        scans_table(store, rows),
+        store.phenotypes.iloc[rows].reset_index(drop=True),
+        store.variables,
+    )
+
+
+def strata_of_units(target: Target, units: np.ndarray) -> np.ndarray:
+    """Return the class, or the tenth of the values, of each unit (person or group), int64; -1 of whom it is unknown.
+
+    Parameters
+    ----------
+    units
+        int (scan,) 0 ... units-1.
+    """
+    strata = np.full(int(units.max()) + 1, -1, np.int64)
+    present = target.present
+    there, numbers = np.unique(units[present], return_inverse=True)
+    values = target.values[present]
+    strata[there] = class_strata(values.astype(np.int64), numbers) if target.labels else value_strata(values, numbers)
+    return strata - strata.min()
+
+
+def _of_scans(target: Target, chosen: np.ndarray) -> Target:
+    return replace(target, values=target.values[chosen])

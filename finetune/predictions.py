@@ -1,0 +1,59 @@
+"""Predictions of scans as a table: who, what is predicted, and, of a run's own people, what is true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from extract.probing.apply import write_predictions
+from finetune.evaluate import Outputs
+from finetune.heads import Head
+from ingest.store import VolumeStore
+
+_IDENTITY = ("participant", "session", "modality")
+TRUE = "true "  # before the name of a target
+
+
+def prediction_table(
+    store: VolumeStore, outputs: Outputs, heads: Sequence[Head], columns: Sequence[slice]
+) -> pd.DataFrame:
+    """Return a row per scan: ``row`` of the store, who it is, and for each target what is predicted.
+
+    Of values that is a column by the target's name; of classes the most probable one, and a column ``sex=male`` for the
+    probability of each, as ``probe apply`` writes them.
+
+    Raises
+    ------
+    ValueError
+        If two columns would have one name.
+    """
+    scans = store.scans.iloc[outputs.rows]
+    found: list[tuple[str, np.ndarray]] = [("row", outputs.rows)]
+    found += [(name, scans[name].to_numpy()) for name in _IDENTITY if name in scans]
+    for head, place in zip(heads, columns, strict=True):
+        predicted = head.predict(outputs.values[:, place])
+        if head.labels:
+            found.append((head.name, np.array(head.labels, dtype=object)[predicted.argmax(axis=1)]))
+            found += [(f"{head.name}={label}", predicted[:, k]) for k, label in enumerate(head.labels)]
+        else:
+            found.append((head.name, predicted))
+    names = [name for name, _ in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"two columns of the predictions would be called {twice[0]!r}; rename the target")
+    return pd.DataFrame(dict(found))
+
+
+def predicted_of(table: pd.DataFrame, head: Head) -> np.ndarray:
+    """Return what `Head.predict` gave from a table of predictions: (scan, class) or (scan,)."""
+    if head.labels:
+        return table[[f"{head.name}={label}" for label in head.labels]].to_numpy(np.float64)
+    return table[head.name].to_numpy(np.float64)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table of predictions as .parquet or .csv, by the name's ending; StoreError if it cannot be written."""
+    write_predictions(path, table)

@@ -1,0 +1,65 @@
+"""What the command prints of a run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from extract.probing.results import Interval, TargetResult
+from finetune.results import REPORT, RunResult
+
+_NAMES = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
+_SHOWN_SKIPPED = 20
+
+
+def print_result(result: RunResult, console: Console, errors: Console, *, as_json: bool) -> None:
+    """Print the scores of a run, or everything as JSON; scans that were left out go to stderr."""
+    for warning in result.warnings:
+        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+    for row, reason in list(result.skipped.items())[:_SHOWN_SKIPPED]:
+        errors.print(f"skipped: row {row}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if len(result.skipped) > _SHOWN_SKIPPED:
+        errors.print(f"skipped: {len(result.skipped) - _SHOWN_SKIPPED} more scans", highlight=False)
+    if as_json:
+        print(json.dumps(_finite(result.to_json())))
+        return
+    people = ", ".join(f"{count:,} for {part}" for part, count in result.people.items())
+    console.print(f"{result.run_dir}: {people}", soft_wrap=True, highlight=False, markup=False)
+    how = f"epoch {result.best_epoch} of {result.epochs}" + (", stopped early" if result.stopped == "early" else "")
+    speed = f"{result.scans_per_second:.1f} scans/s, waiting for scans {result.starved:.0%} of the time"
+    console.print(f"best {how}; {result.steps} steps in {result.seconds:.0f} s, {speed}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("target", "task", "n", "metric", "score", "95 % interval", "chance", "validation"):
+        table.add_column(name, justify="left" if name in ("target", "task", "metric") else "right")
+    for one, validation in zip(result.test, result.validation, strict=True):
+        _add_rows(table, one, validation)
+    console.print(table, highlight=False)
+    console.print(f"report: {result.run_dir / REPORT}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _add_rows(table: Table, one: TargetResult, validation: TargetResult) -> None:
+    if one.status != "ok":
+        table.add_row(one.name, one.task, str(one.n), "", "", f"not defined: {one.reason}", "", "")
+        return
+    for place, (name, found) in enumerate(one.metrics.items()):
+        first = (one.name, one.task, str(one.n)) if not place else ("", "", "")
+        beside = validation.metrics.get(name)
+        shown = "" if beside is None else f"{beside.score:.3f}"
+        table.add_row(*first, _NAMES[name], f"{found.score:.3f}", _ends(found), f"{found.chance:.3f}", shown)
+
+
+def _ends(found: Interval) -> str:
+    return "" if np.isnan(found.low) else f"{found.low:.3f} to {found.high:.3f}"
+
+
+def _finite(value: object) -> object:
+    """Return a document with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,416 @@
+"""A run from its settings to its scores: begins, goes on where it was killed, or is found finished."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from extract.distributed import Group
+from extract.probing.results import TargetResult
+from extract.weights import Weights
+from finetune.build import build_network, build_training, check_volumes, find_weights, open_part
+from finetune.checkpoints import BEST, LAST, checkpoint_of, load_run, read_training, write_checkpoint
+from finetune.cohort import Cohort, read_cohort
+from finetune.evaluate import Outputs, predict, score_head
+from finetune.logs import TENSORBOARD, Log, tensorboard, write_epochs
+from finetune.losses import loss_sums
+from finetune.predictions import TRUE, prediction_table, write_table
+from finetune.results import (
+    EPOCHS,
+    PREDICTIONS,
+    REPORT,
+    RESULTS,
+    SETTINGS,
+    SPLIT,
+    RunResult,
+    read_result,
+    write_result,
+)
+from finetune.settings import FinetuneSettings, make_settings, read_settings
+from finetune.split import write_split
+from finetune.training import StepDone, Training, train_epoch
+from ingest.errors import StoreError
+from ingest.lock import store_lock
+from ingest.places import Place
+from ingest.store import VolumeStore, open_store, package_versions
+from loaders import Loader
+
+#: What may be another when a run goes on: nothing of it decides about the result but by rounding.
+FREE = ("device", "backend", "threads", "micro_batch", "checkpointing", "checkpoint_every", "on_error", "tensorboard")
+
+_FILES = (SETTINGS, SPLIT, LAST, BEST, EPOCHS, RESULTS, PREDICTIONS, REPORT)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes
+    ----------
+    step, steps, epoch, epochs
+        Done, and in all.
+    loss
+        Of the last step.
+    scores
+        Of the last validation: ``loss``, and each target's headline by its name.
+    scans_per_second, starved
+        Of the epoch under way, and the share of its time that it waited for scans.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    scores: dict[str, float]
+    scans_per_second: float
+    starved: float
+
+
+def finetune(
+    store: str | Place,
+    run_dir: Path,
+    settings: FinetuneSettings,
+    *,
+    group: Group | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RunResult:
+    """Train a network for some targets, and score it on people whom it has not seen.
+
+    A run that was killed goes on at its last checkpoint, and ends with the weights of an undisturbed one; one that is
+    finished is returned as it is.
+
+    Parameters
+    ----------
+    store
+        Path or ``s3://`` address of a store.
+    run_dir
+        What the run keeps: ``settings.yaml``, ``split.csv``, ``epochs.csv``, ``tensorboard/``, ``last.pt``,
+        ``best.pt``, ``predictions.parquet``, ``results.json`` and ``report.html``.
+    settings
+        See `FinetuneSettings`.
+    group
+        The processes that share the run, see `extract.distributed.join_group`.
+    overwrite
+        Begin anew.
+    on_progress
+        Called after each step and each validation.
+
+    Raises
+    ------
+    ValueError
+        For settings that cannot be, or others than those that the run was begun with.
+    StoreError
+        If the store or the folder cannot be used, or another process is at work there.
+    WeightsUnavailableError
+        If the weights cannot be had.
+    NonFiniteLossError
+        If a loss or gradient is not finite.
+    """
+    group = group or Group()
+    with ExitStack() as stack:
+        with group.first_here():
+            if group.rank == 0:
+                stack.enter_context(store_lock(run_dir))
+                _open_folder(run_dir, settings, overwrite=overwrite)
+            volumes = open_store(store)
+            done = (run_dir / RESULTS).is_file()
+            if not done:
+                cohort = read_cohort(volumes, settings, _existing(run_dir / SPLIT))
+                weights = find_weights(settings)
+                network = build_network(settings, cohort.heads, weights)
+                check_volumes(network, volumes.grid.shape_zyx)
+                if group.rank == 0:
+                    _write_beginning(run_dir, settings, cohort)
+        if done:
+            result = read_result(run_dir, load_run(run_dir).heads)
+            if group.rank == 0 and not (run_dir / REPORT).is_file():
+                _write_report(result, volumes)
+            return result
+        training = build_training(volumes, settings, cohort, network, group)
+        stack.callback(training.loader.close)
+        attrs = _attrs(volumes, weights)
+        if (run_dir / LAST).is_file():
+            _go_on(training, run_dir / LAST, volumes)
+        _train(training, volumes, run_dir, attrs, on_progress or (lambda _: None))
+        result = _finish(training, volumes, run_dir, attrs)
+        if group.rank == 0:
+            _write_report(result, volumes)
+        return result
+
+
+def _write_report(result: RunResult, volumes: VolumeStore) -> None:
+    from finetune.report import write_finetune_report  # drawing needs matplotlib, which takes a second to import
+
+    write_finetune_report(result.run_dir / REPORT, result, load_run(result.run_dir), volumes, warnings=result.warnings)
+
+
+def _open_folder(run_dir: Path, settings: FinetuneSettings, *, overwrite: bool) -> None:
+    """Check that a folder is new, or that of the same run; with `overwrite` remove what a run keeps there."""
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    if not (run_dir / SETTINGS).is_file():
+        raise StoreError(f"{run_dir} is no folder of a run: it has files but no {SETTINGS}; choose another name")
+    if overwrite:
+        for name in _FILES:
+            (run_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
+        return
+    before = make_settings(read_settings(run_dir / SETTINGS), str(run_dir / SETTINGS))
+    for name, value in settings.model_dump().items():
+        was = getattr(before, name)
+        if value != was and name not in FREE:
+            raise ValueError(
+                f"{run_dir} was begun with {name} {was!r}, not {value!r}; use the same settings to go on, another "
+                "folder, or --overwrite to begin anew"
+            )
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _write_beginning(run_dir: Path, settings: FinetuneSettings, cohort: Cohort) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+    write_split(run_dir / SPLIT, cohort.split)
+
+
+def _attrs(volumes: VolumeStore, weights: Weights) -> dict[str, Any]:
+    return {
+        "store": {
+            "path": str(volumes.path.absolute()),
+            "id": volumes.attrs["store_id"],
+            "grid": volumes.attrs["grid"],
+        },
+        "simulated": bool(volumes.attrs["simulated"]),
+        "weights": {"name": "scratch" if weights.state_dict is None else weights.name, "sha256": weights.sha256},
+        "created_by": package_versions("torch", "torchvision", "zarr", "numpy"),
+    }
+
+
+def _go_on(training: Training, path: Path, volumes: VolumeStore) -> None:
+    """Load the last checkpoint of a run."""
+    content = read_training(path)
+    if content["attrs"]["store"]["id"] != volumes.attrs["store_id"]:
+        raise StoreError(f"{path.parent} was begun with another store; give that one, or --overwrite to begin anew")
+    training.network.load_state_dict(content["state_dict"])
+    training.load_state_dict(content["training"])
+
+
+def _train(
+    training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict[str, Any], tell: Callable[[Progress], None]
+) -> None:
+    """Train to the end, or until nothing gets better."""
+    steps, settings, rank = training.steps, training.settings, training.group.rank
+    with ExitStack() as stack:
+        validation = open_part(volumes, training, "validation")
+        if validation is not None:
+            stack.callback(validation.close)
+        folder = run_dir / TENSORBOARD if settings.tensorboard and rank == 0 else None
+        log = stack.enter_context(tensorboard(folder, training.step))
+        scores: dict[str, float] = {}
+
+        def after_step(done: StepDone) -> None:
+            log.add_scalar("train/loss", done.loss, done.step)
+            log.add_scalar("train/lr", _rate(training), done.step)
+            tell(_progress(training, done.loss, scores))
+            if done.step % settings.checkpoint_every == 0 and rank == 0:
+                content = checkpoint_of(
+                    training.network, settings, {**attrs, "epoch": training.epoch, "step": training.step},
+                    training=training.state_dict(),
+                )  # fmt: skip
+                write_checkpoint(run_dir / LAST, content)
+                if training.best is not None:
+                    write_checkpoint(run_dir / BEST, _best_content(training, attrs))
+
+        while True:
+            if training.epoch > len(training.history):
+                scores = _end_epoch(training, validation, log)
+                if rank == 0:
+                    write_epochs(run_dir / EPOCHS, training.history)
+                tell(_progress(training, training.history[-1]["train_loss"], scores))
+            if training.epoch >= steps.epochs or _is_over(training):
+                return
+            train_epoch(training, after_step)
+
+
+def _rate(training: Training) -> float:
+    """Return the learning rate of the heads."""
+    return float(training.schedule.get_last_lr()[-1])
+
+
+def _progress(training: Training, loss: float, scores: dict[str, float]) -> Progress:
+    elapsed = max(training.elapsed, 1e-9)
+    return Progress(
+        training.step, training.steps.total, training.epoch, training.steps.epochs, loss, scores,
+        training.seen / elapsed, training.starved / elapsed,
+    )  # fmt: skip
+
+
+def _is_over(training: Training) -> bool:
+    return training.settings.patience is not None and training.waited >= training.settings.patience
+
+
+def _end_epoch(training: Training, validation: Loader | None, log: Log) -> dict[str, float]:
+    """Validate if it is time, note how the epoch went, and keep the weights if they are the best."""
+    group, steps = training.group, training.steps
+    seconds, seen = max(training.elapsed, 1e-9), training.seen
+    row: dict[str, float] = {
+        "epoch": training.epoch,
+        "step": training.step,
+        "lr": _rate(training),
+        "train_loss": float(np.sum(group.gather_all(training.loss_sum))) / steps.per_epoch,
+        "seconds": round(seconds, 3),
+        "scans_per_second": round(seen / seconds, 3),
+        "starved": round(training.starved / seconds, 4),
+    }
+    scores: dict[str, float] = {}
+    last = training.epoch >= steps.epochs
+    if len(training.cohort.rows_of("validation")) and (
+        last or training.step - training.validated >= training.settings.validate_every
+    ):
+        outputs = _predict_part(training, validation)
+        measured = group.tell(_validate(training, outputs) if group.rank == 0 else None)
+        row |= measured
+        training.validated = training.step
+        heads = training.network.heads_info
+        scores = {"loss": row["validation_loss"]} | {head.name: row[f"{head.name}_{head.metric}"] for head in heads}
+        _keep_best(training, row)
+    training.history.append(row)
+    for name, value in row.items():
+        if name not in ("epoch", "step", "lr"):
+            log.add_scalar(f"epoch/{name}", value, training.step)
+    training.loss_sum = training.starved = training.elapsed = 0.0
+    training.seen = 0
+    return scores
+
+
+def _keep_best(training: Training, row: dict[str, float]) -> None:
+    by_loss = training.settings.monitor == "loss"
+    value = -row["validation_loss"] if by_loss else row["validation_score"]
+    value = value if np.isfinite(value) else -np.inf  # not defined
+    if training.best is None or value > training.best["value"]:
+        weights = {name: tensor.detach().clone() for name, tensor in training.network.state_dict().items()}
+        training.best = {"epoch": training.epoch, "step": training.step, "value": value, "state_dict": weights}
+        training.waited = 0
+    else:
+        training.waited += 1
+
+
+def _predict_part(training: Training, loader: Loader | None) -> Outputs:
+    """Return what the network gives for the scans of a part, of all processes, in the order of their rows."""
+    if loader is None:
+        width = sum(head.outputs for head in training.network.heads_info)
+        own = Outputs(np.empty(0, np.int64), np.empty((0, width), np.float32))
+    else:
+        own = predict(training.network, loader, dtype=training.dtype)
+    parts = training.group.gather_all(own)
+    rows = np.concatenate([part.rows for part in parts])
+    order = np.argsort(rows, kind="stable")
+    skipped = {row: reason for part in parts for row, reason in part.skipped.items()}
+    training.skipped |= skipped
+    return Outputs(rows[order], np.concatenate([part.values for part in parts])[order], skipped)
+
+
+def _validate(training: Training, outputs: Outputs) -> dict[str, float]:
+    """Return loss and scores of the validation part."""
+    network, cohort = training.network, training.cohort
+    labels, weights = (torch.from_numpy(table[outputs.rows]) for table in (cohort.labels, cohort.weights))
+    sums = loss_sums(torch.from_numpy(outputs.values), network.heads_info, network.head_slices, labels, weights)
+    counts = weights.sum(0)
+    row = {"validation_loss": float((sums / torch.where(counts > 0, counts, 1)).mean())}
+    results = _scores(training, outputs, bootstrap=0)
+    headlines = [result.headline.score for result in results]
+    row["validation_score"] = float(np.mean([score for score in headlines if np.isfinite(score)] or [np.nan]))
+    for head, result in zip(network.heads_info, results, strict=True):
+        row[f"{head.name}_{head.metric}"] = result.headline.score
+        row |= {f"{head.name}_{name}": found.score for name, found in result.metrics.items()}
+    return row
+
+
+def _scores(training: Training, outputs: Outputs, *, bootstrap: int) -> list[TargetResult]:
+    network, cohort = training.network, training.cohort
+    at = np.searchsorted(cohort.rows, outputs.rows)  # which ascend
+    return [
+        score_head(
+            head, target.values[at], head.predict(outputs.values[:, place]), cohort.participants[at],
+            bootstrap=bootstrap, rows=outputs.rows, seed=training.settings.seed,
+        )
+        for head, target, place in zip(network.heads_info, cohort.targets, network.head_slices, strict=True)
+    ]  # fmt: skip
+
+
+def _best_content(training: Training, attrs: dict[str, Any]) -> dict[str, Any]:
+    best = training.best
+    if best is None:
+        return checkpoint_of(
+            training.network, training.settings, {**attrs, "epoch": training.epoch, "step": training.step}
+        )
+    attrs = {**attrs, "epoch": best["epoch"], "step": best["step"]}
+    return checkpoint_of(training.network, training.settings, attrs, state_dict=best["state_dict"])
+
+
+def _finish(training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict[str, Any]) -> RunResult:
+    """Score the best weights, and write everything; the results last, by which the run is known to be finished."""
+    group, cohort, network = training.group, training.cohort, training.network
+    if group.rank == 0:
+        write_checkpoint(run_dir / BEST, _best_content(training, attrs))
+        ended = checkpoint_of(network, training.settings, {**attrs, "epoch": training.epoch, "step": training.step})
+    best_epoch = training.epoch if training.best is None else training.best["epoch"]
+    if training.best is not None:
+        network.load_state_dict(training.best["state_dict"])
+    parts: dict[str, Outputs] = {}
+    for part in ("validation", "test"):
+        loader = open_part(volumes, training, part)
+        try:
+            parts[part] = _predict_part(training, loader)
+        finally:
+            if loader is not None:
+                loader.close()
+    history = training.history
+    seconds = sum(row["seconds"] for row in history)
+    skipped = {row: reason for some in group.gather_all(training.skipped) for row, reason in some.items()}
+    scores = {
+        part: _scores(training, outputs, bootstrap=training.settings.bootstrap) for part, outputs in parts.items()
+    }
+    trained = sum(row["scans_per_second"] * row["seconds"] for row in history)
+    result = RunResult(
+        run_dir=run_dir,
+        test=scores["test"],
+        validation=scores["validation"],
+        history=history,
+        best_epoch=best_epoch,
+        epochs=training.epoch,
+        steps=training.step,
+        stopped="early" if training.epoch < training.steps.epochs else "done",
+        seconds=seconds,
+        scans_per_second=trained / max(seconds, 1e-9),
+        starved=sum(row["starved"] * row["seconds"] for row in history) / max(seconds, 1e-9),
+        people=cohort.people(),
+        scans=cohort.scans(),
+        skipped=skipped,
+        warnings=cohort.warnings,
+    )
+    if group.rank == 0:
+        tables = []
+        for part, outputs in parts.items():
+            table = prediction_table(volumes, outputs, network.heads_info, network.head_slices)
+            table.insert(1, "part", part)
+            at = np.searchsorted(cohort.rows, outputs.rows)
+            for head, target in zip(network.heads_info, cohort.targets, strict=True):
+                table[f"{TRUE}{head.name}"] = target.values[at]
+            tables.append(table)
+        write_table(run_dir / PREDICTIONS, pd.concat(tables, ignore_index=True))
+        write_result(result)
+        write_checkpoint(run_dir / LAST, ended)  # without what it takes to go on, which is three times as much
+    return result

@@ -1,0 +1,155 @@
+"""Who is trained on, who tells the best epoch, who is tested: by person, written down, and used again."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from extract.probing.folds import limit_people
+from extract.probing.writing import write_whole
+
+PARTS = ("train", "validation", "test")
+_COLUMNS = ("participant", "part")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which part each person is in.
+
+    Attributes
+    ----------
+    part_of
+        Participant -> one of `PARTS`.
+    """
+
+    part_of: dict[str, str]
+
+    def mask(self, participants: np.ndarray, part: str) -> np.ndarray:
+        """Tell which scans are of people of a part: participants (scan,) of text -> bool (scan,)."""
+        return np.array([self.part_of.get(str(who)) == part for who in participants], dtype=bool)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many people are in each part."""
+        found = Counter(self.part_of.values())
+        return {part: found[part] for part in PARTS}
+
+
+def split_people(
+    participants: np.ndarray,
+    together: np.ndarray,
+    strata: np.ndarray,
+    *,
+    validation: float,
+    test: float,
+    seed: int,
+) -> Split:
+    """Draw who is in which part; each stratum is shared out alike, to within one group.
+
+    Parameters
+    ----------
+    participants
+        Text, (scan,).
+    together
+        int (scan,) 0 ... groups-1: people of a group are never split (a group of one for each person, or families).
+    strata
+        int (group,).
+    validation, test
+        Shares of the groups.
+    seed
+        Of the draw.
+    """
+    rng = np.random.default_rng([seed, 0x73706C6974])  # "split": sets this apart from other uses of the seed
+    order = np.lexsort((rng.random(len(strata)), strata))
+    part_of_group = np.full(len(strata), PARTS[0], dtype=object)
+    rest = order
+    for part, share in (("test", test), ("validation", validation / (1 - test) if test < 1 else 0.0)):
+        chosen = _every(len(rest), share, rng)
+        part_of_group[rest[chosen]] = part
+        rest = rest[~chosen]
+    return Split({str(who): str(part_of_group[group]) for who, group in zip(participants, together, strict=True)})
+
+
+def _every(count: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Choose a share of things in a row, evenly spaced from a random start: bool (count,)."""
+    wanted = round(count * share)
+    if not wanted:
+        return np.zeros(count, dtype=bool)
+    chosen = np.zeros(count, dtype=bool)
+    chosen[np.floor((np.arange(wanted) + rng.random()) * count / wanted).astype(np.int64)] = True
+    return chosen
+
+
+def training_people(
+    participants: np.ndarray, strata: np.ndarray, train: np.ndarray, people: int, *, seed: int
+) -> np.ndarray:
+    """Choose some of the people to train on, of all strata alike; those of fewer are among those of more.
+
+    Parameters
+    ----------
+    participants
+        Text, (scan,).
+    strata
+        int (person,), in the alphabetic order of the participants.
+    train
+        bool (scan,), scans of the training part.
+    people
+        How many.
+    seed
+        Which ones.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool (scan,).
+
+    Raises
+    ------
+    ValueError
+        If there are fewer.
+    """
+    there = len(np.unique(participants[train]))
+    if people > there:
+        raise ValueError(f"train_people is {people}, but the training part has {there}")
+    number = np.unique(participants, return_inverse=True)[1]
+    return limit_people(number, strata, train, people, np.random.default_rng([seed, 0x70656F70]))
+
+
+def write_split(path: Path, split: Split) -> None:
+    """Write a split as CSV: participant, part."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(_COLUMNS)
+            writer.writerows(sorted(split.part_of.items()))
+
+    write_whole(path, write)
+
+
+def read_split(path: Path) -> Split:
+    """Read what `write_split` wrote.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be read, has other columns or parts, or names a person twice.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a split: {error}") from None
+    if not lines or tuple(lines[0]) != _COLUMNS:
+        raise ValueError(f"{path} has the columns {','.join(lines[0]) if lines else 'none'}, expected participant,part")
+    part_of: dict[str, str] = {}
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != 2 or line[1] not in PARTS:
+            raise ValueError(f"{path}, line {number}: expected a participant and one of {', '.join(PARTS)}")
+        if line[0] in part_of:
+            raise ValueError(f"{path}, line {number}: this participant has a line already")
+        part_of[line[0]] = line[1]
+    return Split(part_of)
