@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ from ingest.store import (
     write_phenotypes,
     write_scans,
 )
+from ingest.withdraw_tables import is_run, is_table, remove_from_run, remove_from_table
 
 #: What every page that this package writes begins with.
 _REPORT_MARK = b'<meta name="generator" content="brain-volumes'
@@ -50,7 +51,7 @@ class Removal:
     Attributes
     ----------
     kind
-        ``volumes``, ``embeddings``, ``unfinished embeddings`` or ``report``.
+        ``volumes``, ``embeddings``, ``unfinished embeddings``, ``predictions``, ``run`` or ``report``.
     people, scans
         How many people of the list were in it, and how many scans of theirs; of a report nobody knows, nor of
         unfinished embeddings, which are removed whole.
@@ -110,8 +111,9 @@ def read_withdrawals(path: Path) -> frozenset[str]:
 def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
     """Remove people from stores.
 
-    In a store of volumes their shards, answers and identity go; rows stay as tombstones. In embeddings their rows go,
-    and what an unfinished `extract` has left beside them goes whole.
+    In a store of volumes their shards, answers and identity go; rows stay as tombstones. In embeddings and tables of
+    predictions their rows go, and what an unfinished `extract` has left beside them goes whole. Of the folders of
+    fine-tuning runs see `ingest.withdraw_tables.remove_from_run`.
     Report pages (.html), which show brains, are removed whole, after everything else. It may be killed at any moment
     and called again: voxels go first and the names last, so nothing of a person can be left behind that a second call
     would not find.
@@ -131,7 +133,7 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
         if kind == "volumes":
             removals.append(_from_volumes(store, people))
         elif isinstance(store, Path):
-            removals += _from_embeddings(store, people) if kind == "embeddings" else [_remove_report(store)]
+            removals += _OF_FILES[kind](store, people)
     return AuditRecord(
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         list_name=list_file.name,
@@ -168,6 +170,10 @@ def _kind(store: Place) -> str:
         return "volumes"
     if not isinstance(store, Path):
         raise StoreError(f"{store} holds no volumes; withdraw people from embeddings and reports on a local disk")
+    if is_run(store):
+        return "run"
+    if is_table(store):
+        return "predictions"
     from extract.embeddings import read_tables
 
     read_tables(store)
@@ -206,10 +212,23 @@ def _remove_voxels(store: Place, number: int) -> int:
     return size
 
 
-def _remove_report(page: Path) -> Removal:
+def _remove_report(page: Path, _: frozenset[str]) -> list[Removal]:
     size = page.stat().st_size
     page.unlink()
-    return Removal(page.name, "report", 0, 0, size)
+    return [Removal(page.name, "report", 0, 0, size)]
+
+
+def _from_predictions(path: Path, people: frozenset[str]) -> list[Removal]:
+    with store_lock(path):
+        found, rows = remove_from_table(path, people)
+    return [Removal(path.name, "predictions", found, rows, 0)]
+
+
+def _from_run(folder: Path, people: frozenset[str]) -> list[Removal]:
+    with store_lock(folder):
+        inside = [removal for path in folder.glob("embeddings.*") for removal in _from_embeddings(path, people)]
+        found, rows, deleted = remove_from_run(folder, people, lambda document: _without(document, people))
+    return [*inside, Removal(folder.name, "run", found, rows, deleted)]
 
 
 def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
@@ -269,3 +288,11 @@ def _from_embeddings(path: Path, people: frozenset[str]) -> list[Removal]:
             write_embeddings(path, kept)
     size = int(theirs.sum()) * embeddings.features[:1].nbytes
     return [*removals, Removal(path.name, "embeddings", int(ids[theirs].nunique()), int(theirs.sum()), size)]
+
+
+_OF_FILES: dict[str, Callable[[Path, frozenset[str]], list[Removal]]] = {
+    "embeddings": _from_embeddings,
+    "predictions": _from_predictions,
+    "run": _from_run,
+    "report": _remove_report,
+}

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import zarr
 from conftest import ellipsoid, write_nifti
 from killed import DIED, die_at, withdraw_in
 
 from extract import Embeddings, open_embeddings, write_embeddings
+from finetune.split import Split, read_split, write_split
 from ingest import IngestSettings, ingest, open_store
 from ingest.errors import StoreError, TableError
 from ingest.lock import store_lock
@@ -254,3 +256,42 @@ def test_links_are_followed_and_what_was_moved_aside_is_found(place):
     with pytest.raises(FileNotFoundError, match="no store at"):
         withdraw(place / "w1234_20261124.csv", [place / "never.h5"])
     assert not list(place.glob("*never*"))
+
+
+def test_tables_of_predictions_lose_their_rows(place):
+    table = pd.DataFrame({"row": [0, 1, 2], "participant": PEOPLE[:3], "age": [50.25, 51.0, 52.0]})
+    table.to_parquet(place / "p.parquet")
+    table.to_csv(place / "out.csv", index=False)
+    record = withdraw(place / "w1234_20261124.csv", [place / "p.parquet", place / "out.csv"])
+    assert [(one.kind, one.people, one.scans) for one in record.removals] == [("predictions", 1, 1)] * 2
+    kept = table[table["participant"] != GONE].reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(place / "p.parquet").reset_index(drop=True), kept)
+    assert (place / "out.csv").read_text() == kept.to_csv(index=False)
+
+
+def test_the_folder_of_a_run_loses_them_with_its_pages_and_a_checkpoint_to_go_on_from(place):
+    runs = [place / "curve", place / "curve" / "scratch" / "n2" / "seed0"]
+    for run in runs:
+        run.mkdir(parents=True)
+        write_split(run / "split.csv", Split(dict(zip(PEOPLE, ["train", "test"] * 3, strict=True))))
+        pd.DataFrame({"row": [0, 1], "participant": PEOPLE[:2]}).to_parquet(run / "predictions.parquet")
+        (run / "report.html").write_text("brains")
+        (run / "best.pt").write_bytes(b"weights")
+    (runs[0] / "last.pt").write_bytes(b"weights")
+    (runs[1] / "last.pt").write_bytes(b"skipped: " + GONE.encode())  # of a run that is not finished
+    (runs[0] / "results.json").write_text(json.dumps({"skipped": {"1": f"row 1 ({GONE}.nii.gz) is damaged"}}))
+    shutil.copytree(place / "e.zarr", place / "curve" / "embeddings.zarr")
+    record = withdraw(place / "w1234_20261124.csv", [place / "curve"])
+    assert {one.kind: (one.people, one.scans) for one in record.removals} == {"embeddings": (1, 1), "run": (1, 2)}
+    left = [path for path in (place / "curve").rglob("*") if path.is_file()]
+    assert not any(GONE.encode() in path.read_bytes() for path in left)
+    names = {str(path.relative_to(place / "curve")) for path in left if "embeddings" not in str(path)}
+    own = {"split.csv", "predictions.parquet", "best.pt"}
+    assert names == own | {"results.json", "last.pt"} | {f"scratch/n2/seed0/{name}" for name in own}
+    assert read_split(runs[1] / "split.csv").counts() == {"train": 3, "validation": 0, "test": 2}
+
+
+def test_other_tables_are_not_touched(place):
+    (place / "other.csv").write_text("eid,age\n1,2\n")
+    with pytest.raises(StoreError):
+        withdraw(place / "w1234_20261124.csv", [place / "other.csv"])

@@ -1,0 +1,114 @@
+"""Removing people who withdrew from tables of predictions, and from the folders of fine-tuning runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ingest.errors import StoreError
+from ingest.phenotypes import participant_key
+
+_COLUMN = "participant"
+
+#: Files of a run, as `finetune.results` calls them.
+_SPLIT, _RESULTS = "split.csv", "results.json"
+_PAGES = ("report.html", "curve.html")
+_CHECKPOINT = "last.pt"
+
+
+def is_table(path: Path) -> bool:
+    """Tell whether a file is a table with a column of participants, as ``predict`` and ``probe apply`` write them."""
+    if path.suffix == ".csv":
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            return _COLUMN in next(csv.reader(file), [])
+    if path.suffix == ".parquet" and path.is_file():
+        import pyarrow.parquet as pq
+
+        schema = pq.read_schema(path)
+        return _COLUMN in schema.names and not any(key.startswith(b"brain-") for key in schema.metadata or {})
+    return False
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether a folder is that of a run of ``finetune``, or of a curve."""
+    return path.is_dir() and (path / _SPLIT).is_file() and not (path / "zarr.json").exists()
+
+
+def remove_from_table(path: Path, people: frozenset[str]) -> tuple[int, int]:
+    """Remove the rows of people from a table, which is replaced at once.
+
+    Returns
+    -------
+    people, rows
+        That were removed.
+    """
+    table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.suffix == ".csv" else pd.read_parquet(path)
+    ids = table[_COLUMN].astype(str).map(participant_key)
+    theirs = ids.isin(people)
+    if theirs.any():
+        kept = table[~theirs]
+        if path.suffix == ".csv":
+            _replace(path, lambda aside: kept.to_csv(aside, index=False))
+        else:
+            _replace(path, lambda aside: kept.to_parquet(aside, index=False))
+    return int(ids[theirs].nunique()), int(theirs.sum())
+
+
+def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any], Any]) -> tuple[int, int, int]:
+    """Remove people from the files of a run, and of all runs of a curve.
+
+    Their rows go from the split and the predictions, their file names from the reasons why scans were left out. Pages,
+    which show brains, go whole, and so does a checkpoint to go on from, which knows such reasons, too. What a network
+    has learnt from them stays in its weights: train again without them if that must go, too.
+
+    Parameters
+    ----------
+    without
+        Makes of a document one in which they are not named.
+
+    Returns
+    -------
+    people, rows, bytes
+        Of the split and of the predictions, and of the pages.
+    """
+    found, rows, deleted = 0, 0, 0
+    for split in sorted(folder.rglob(_SPLIT)):
+        run = split.parent
+        for page in _PAGES:
+            if (run / page).is_file():
+                deleted += (run / page).stat().st_size
+                (run / page).unlink()
+        if not (run / _RESULTS).is_file():
+            (run / _CHECKPOINT).unlink(missing_ok=True)
+        for name in (_RESULTS, "curve.json"):
+            if (run / name).is_file():
+                _clean(run / name, without)
+        for table in run.glob("*.parquet"):
+            if is_table(table):
+                rows += remove_from_table(table, people)[1]
+        found = max(found, remove_from_table(split, people)[0])  # the names, last
+    return found, rows, deleted
+
+
+def _clean(path: Path, without: Callable[[Any], Any]) -> None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise StoreError(f"{path} is damaged; remove it, or the whole run, by hand") from None
+    cleaned = without(document)
+    if cleaned != document:
+        _replace(path, lambda aside: aside.write_text(json.dumps(cleaned, indent=1) + "\n", encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    aside = path.with_name(f".{path.name}.withdrawing")
+    try:
+        write(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
