@@ -74,7 +74,7 @@ def test_the_python_of_the_page_about_loading_runs(tour, monkeypatch):
 
 def test_commands_and_flags_of_the_readme_exist():
     known: dict[str, str] = {}
-    for line in re.findall(r"^(ingest|extract|probe|loaders) (.*)$", "\n".join(blocks("sh")), flags=re.MULTILINE):
+    for line in re.findall(r"^(ingest|extract|probe|loaders|finetune) (.*)$", "\n".join(blocks("sh")), flags=re.MULTILINE):
         program, rest = line
         if program not in known:
             script = Path(sysconfig.get_path("scripts")) / program
@@ -88,7 +88,7 @@ def test_commands_and_flags_of_the_readme_exist():
             ).stdout
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in known[program], f"{program} has no {flag}"
-    assert set(known) == {"ingest", "extract", "probe", "loaders"}
+    assert set(known) == {"ingest", "extract", "probe", "loaders", "finetune"}
 
 
 def test_pictures_and_pages_that_it_links_to_exist():

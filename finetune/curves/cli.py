@@ -1,0 +1,73 @@
+"""The ``finetune curve`` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import TaskID
+
+from finetune.curves.files import PAGE
+from finetune.curves.settings import make_curve_settings
+from finetune.curves.work import CurveProgress
+from finetune.options import Config, settings_from, with_settings
+from ingest.progress import progress_bar
+
+console = Console()
+errors = Console(stderr=True)
+
+
+@with_settings
+def curve_command(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A store made by ingest, or s3://bucket/store.zarr")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the curve; many may work on one.")],
+    train_sizes: Annotated[
+        str, typer.Option(metavar="N,N", help="People to train on; auto: 25, 50, 100 ... and all there are.")
+    ] = "auto",
+    methods: Annotated[str, typer.Option(metavar="A,B", help="Those to run.")] = "transfer,scratch,probe",
+    seeds: Annotated[str, typer.Option(metavar="N", help="Repeats, or their numbers with commas between.")] = "5",
+    scratch_lr: Annotated[
+        float | None, typer.Option(help="Learning rate from random weights.", show_default="the same")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=100, help="Of the people tested, for intervals.")] = 2000,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for what other processes have begun.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep the network of each cell.")] = False,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    **flags: Any,
+) -> None:
+    """Learning curves: fine-tuned, from scratch, and frozen with a probe, over numbers of people to train on."""
+    settings = settings_from(config, flags)
+    curve = make_curve_settings(
+        {
+            "sizes": train_sizes, "methods": methods, "seeds": seeds, "scratch_lr": scratch_lr, "draws": draws,
+            "wait": wait, "retry_failed": retry_failed, "keep_weights": keep_weights,
+        },
+        "the command",
+    )  # fmt: skip
+    from finetune.curves.printing import print_curve
+    from finetune.curves.running import run_curve
+
+    with progress_bar("curve", errors) as bar:
+        task = bar.add_task("curve", total=None)
+        result = run_curve(store, run_dir, settings, curve, on_progress=lambda progress: _show(bar, task, progress))
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        print_curve(result, console)
+        console.print(f"page: {run_dir / PAGE}", soft_wrap=True, highlight=False, markup=False)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _show(bar: Bar, task: TaskID, progress: CurveProgress) -> None:
+    cell, training = progress.cell, progress.training
+    notes = str(cell)
+    if training is not None:
+        notes += f", step {training.step}/{training.steps}, loss {training.loss:.3f}"
+    bar.update(task, completed=progress.done, total=progress.total, notes=notes)
