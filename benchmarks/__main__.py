@@ -108,6 +108,68 @@ def probe_command(
         save(report, json_file)
 
 
+@app.command("finetune")
+def finetune_command(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    shape: Annotated[tuple[int, int, int], typer.Option(help="Planes, rows, columns of a volume.")] = (160, 192, 160),
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Counted in each turn.", show_default="by network and device")
+    ] = None,
+    turns: Annotated[int | None, typer.Option(min=1, show_default="by network and device")] = None,
+    directory: Directory = DIRECTORY / "finetune",
+    json_file: JsonFile = None,
+) -> None:
+    """Train from a store, and the same networks fed from memory; 4 minutes."""
+    from benchmarks.finetune import MEMORY, STORE, TARGET, run_finetune
+
+    report = run_finetune(directory, device=device, shape=shape, steps=steps, turns=turns)
+    show(report, Console())
+    ratios = {name: ratio for name, ratio in report.ratios.items() if name.endswith(f"{STORE}/{MEMORY}")}
+    slow = [name for name, ratio in ratios.items() if ratio < TARGET]
+    answer = f"no, not of {'; '.join(slow)}" if slow else "yes, of all"
+    print(f"{STORE}/{MEMORY} at least {TARGET:g}: {answer}")
+    if json_file:
+        save(report, json_file)
+
+
+@app.command("finetune-cohort")
+def finetune_cohort_command(
+    directory: Directory = DIRECTORY / "finetune-cohort",
+    json_file: JsonFile = None,
+) -> None:
+    """Fine-tune on 400 simulated people: what shows, what does not, and the frozen probe beside; 12 minutes."""
+    from benchmarks.finetune_cohort import run_finetune_cohort, show_cohort
+
+    report = run_finetune_cohort(directory)
+    show_cohort(report, Console())
+    if json_file:
+        save(report, json_file)
+
+
+@app.command("transfer")
+def transfer_command(
+    minutes: Annotated[float, typer.Option(min=0, help="Begin only if it takes no longer.")] = 75,
+    directory: Directory = DIRECTORY / "transfer",
+    json_file: JsonFile = None,
+    chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curves there (.png).")] = None,
+    words: Annotated[Path | None, typer.Option(metavar="FILE", help="Write there what they say (.md).")] = None,
+) -> None:
+    """Pre-train on a simulated cohort, and go on with another one and with real scans, by sample size; 45 minutes."""
+    from benchmarks.transfer import run_transfer, write_chart, write_words
+    from finetune.curves import print_curve
+
+    found = run_transfer(directory, minutes=minutes)
+    for name, result in found.curves:
+        print(f"\n{name}")
+        print_curve(result, Console())
+    if json_file:
+        save(found.report, json_file)
+    if chart:
+        write_chart(found, chart)
+    if words:
+        write_words(found, words)
+
+
 @app.command("ingest")
 def ingest_command(
     scans: Annotated[int, typer.Option(min=4, help="Archives to ingest.")] = 256,

@@ -15,11 +15,14 @@ import torch
 
 from extract.errors import WeightsUnavailableError
 from extract.models import MODELS, family_of, parameter_shapes
+from extract.trained import Trained, read_trained
 
 #: ``format`` of a checkpoint of ours.
 FORMAT = "brain-volumes-checkpoint"
-#: In the folder of a run of finetune, its checkpoint with the best weights.
-BEST = "best.pt"
+#: In the folder of a run of finetune: its checkpoints with the best weights, and with the last ones.
+BEST, LAST = "best.pt", "last.pt"
+#: Attribute of a plain state dict that `finetune.export` wrote: what else a checkpoint says.
+NOTE = "brain_volumes"
 
 #: What training puts before the names of a network's parameters.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -43,6 +46,8 @@ class Checkpoint:
         Which network it says it is, if it does.
     mean, std
         By which it says that its three inputs, in [0, 1], are normalised, if it does.
+    trained
+        What it says of the run of finetune that it is from, if it does.
     """
 
     file: str
@@ -51,6 +56,13 @@ class Checkpoint:
     model: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    trained: Trained | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's, and which epoch of a run its weights are of."""
+        known = self.trained is not None and self.trained.epoch is not None
+        return f"{self.file} (epoch {self.trained.epoch})" if self.trained and known else self.file
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -62,7 +74,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     * a dict with a state dict as ``state_dict``;
     * a checkpoint of ours, a dict with ``format`` "brain-volumes-checkpoint"; ``model``, a dict with the model's
       ``name``; ``state_dict``; and, where its input is normalised in a way of its own, ``mean`` and ``std``, three
-      numbers each.
+      numbers each. Those of runs of finetune have in ``model``, too, what the network saw, see
+      `extract.trained.read_trained`;
+    * a state dict with an attribute ``brain_volumes``, which is such a checkpoint without ``state_dict``.
 
     Raises
     ------
@@ -71,7 +85,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = os.fspath(path)
     content, sha256 = load_content(path)
-    return _interpret(content, os.path.basename(path), sha256)
+    return _interpret(content, path, sha256)
 
 
 def load_content(path: str) -> tuple[object, str]:
@@ -133,14 +147,25 @@ def _reason(error: Exception) -> str:
     return "it is damaged, incomplete, or was not written by torch.save"
 
 
-def _interpret(content: object, file: str, sha256: str) -> Checkpoint:
+def _interpret(content: object, path: str, sha256: str) -> Checkpoint:
+    path = os.path.abspath(os.path.join(path, BEST) if os.path.isdir(path) else path)
+    file = os.path.basename(path)
+    note = getattr(content, NOTE, None)
+    if isinstance(note, Mapping):
+        content = {**note, "state_dict": content}
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        if file in (BEST, LAST):  # as every run calls them
+            file = os.path.join(os.path.basename(os.path.dirname(path)), file)
         model = content.get("model")
         name = model.get("name") if isinstance(model, Mapping) else None
         if not isinstance(name, str) or name not in MODELS:
             raise WeightsUnavailableError(f"{file} is a checkpoint of the model {name!r}, which is unknown here")
         mean, std = _normalisation(content, file)
-        return Checkpoint(file, sha256, _tensors(content.get("state_dict"), file), name, mean, std)
+        try:
+            trained = read_trained(name, content)
+        except ValueError as error:
+            raise WeightsUnavailableError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from None
+        return Checkpoint(file, sha256, _tensors(content.get("state_dict"), file), name, mean, std, trained)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     return Checkpoint(file, sha256, _tensors(content, file))

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from extract.distributed import join_group
 from extract.embeddings import check_suffix, local_path
-from extract.encoder import Encoder, build_encoder
+from extract.encoder import DEFAULT_MODEL, Encoder, InputWarning, build_encoder
 from extract.fast import CompileWarning
 from extract.resume import ExtractSummary, extract_to
 from extract.timing import Timing
-from extract.weights import WeightsUnavailableError
+from extract.weights import WeightsUnavailableError, about_store
 from ingest.progress import progress_bar
 from ingest.store import open_store
 from loaders.views import View
@@ -39,10 +39,18 @@ def extract_command(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A store made by ingest, or s3://bucket/store.zarr")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Embeddings to write: .zarr, .h5, .parquet or .npz")],
     model: Annotated[
-        str, typer.Option(help="A ResNet of torchvision (2D: resnet18, ...) or video network (3D: r3d_18, s3d, ...).")
-    ] = "resnet18",
+        str | None,
+        typer.Option(
+            help="A ResNet of torchvision (2D: resnet18, ...) or video network (3D: r3d_18, s3d, ...).",
+            show_default=f"{DEFAULT_MODEL}, or that of RUN_DIR",
+        ),
+    ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="imagenet, kinetics, random or FILE.", show_default="those of the model")
+        str | None,
+        typer.Option(
+            help="imagenet, kinetics, random, FILE, or RUN_DIR of finetune: then scans are seen as they were there.",
+            show_default="those of the model",
+        ),
     ] = None,
     weights_dir: Annotated[
         Path | None, typer.Option(help="Folder with torchvision's files.", show_default="torchvision's cache")
@@ -52,10 +60,14 @@ def extract_command(
     ] = None,
     pooling: Annotated[str, typer.Option(help="mean, max or both, over positions and slices.")] = "mean",
     view: Annotated[View | None, typer.Option(help="Slices of a 2D model.", show_default="triplanar")] = None,
-    slices: Annotated[int, typer.Option(min=1, help="Slices per plane, of a 2D model.")] = 3,
+    slices: Annotated[
+        int | None, typer.Option(min=1, help="Slices per plane, of a 2D model.", show_default="3")
+    ] = None,
     crop: Annotated[str | None, typer.Option(help="Z,Y,X: the central part of each volume.")] = None,
     size: Annotated[str | None, typer.Option(help="Resize each picture to N, H,W or Z,Y,X.")] = None,
-    scale: Annotated[float, typer.Option(help="Or by a factor, e.g. 0.5 for half resolution.")] = 1.0,
+    scale: Annotated[
+        float | None, typer.Option(help="Or by a factor, e.g. 0.5 for half resolution.", show_default="1")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, dali or torch.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -74,15 +86,17 @@ def extract_command(
     check_suffix(path)
     with join_group() as group:
         with group.first_here(), warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always", CompileWarning)
-            open_store(store)  # before weights are looked for
+            for kind in (CompileWarning, InputWarning):
+                warnings.simplefilter("always", kind)
+            volumes = open_store(store)  # before weights are looked for
             encoder = build_encoder(
                 model, weights=weights, weights_dir=weights_dir, layers=_names(layers), pooling=pooling, view=view,
                 slices=slices, crop=_numbers("crop", crop), size=_numbers("size", size), scale=scale, seed=seed,
                 device=group.device(device), precision=precision, compiled=compiled,
             )  # fmt: skip
-        for warning in warned if group.rank == 0 else []:
-            errors.print(f"warning: {warning.message}", soft_wrap=True, highlight=False, markup=False)
+        told = [str(warning.message) for warning in warned] + about_store(encoder.weights, volumes)
+        for warning in told if group.rank == 0 else []:
+            errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
         logging.getLogger("loaders").addFilter(_is_no_skipped_scan)
         name = "extract" if group.size == 1 else f"extract (process 1 of {group.size})"
         with progress_bar(name, errors if group.rank == 0 else Console(quiet=True)) as progress:

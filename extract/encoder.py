@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,13 +21,20 @@ from extract.grey import collapse_to_grey
 from extract.inputs import as_crop, as_size, pictures_of, resize, slices_to_load, target_size
 from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
 from extract.models import check_picture, family_of, make_network
-from extract.weights import Weights, load_weights
+from extract.trained import Trained
+from extract.weights import Weights, find_checkpoint, load_weights
 from loaders.views import View
 
 #: Of what lies between stored voxels and features: to be raised with every change after which the same settings give
 #: other features by more than rounding, for instance of cutting, resizing or normalising. Files of another one are not
 #: gone on with.
 ENCODING_VERSION = 1
+
+DEFAULT_MODEL = "resnet18"
+
+
+class InputWarning(UserWarning):
+    """Features are made in another way than the network was trained in."""
 
 
 @dataclass(frozen=True)
@@ -156,17 +164,17 @@ class Encoder:
 
 
 def build_encoder(
-    model: str = "resnet18",
+    model: str | None = None,
     *,
     weights: str | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
     layers: Sequence[str] | None = None,
     pooling: str = "mean",
     view: View | None = None,
-    slices: int = 3,
+    slices: int | None = None,
     crop: Sequence[int] | None = None,
     size: int | Sequence[int] | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -175,11 +183,15 @@ def build_encoder(
 ) -> Encoder:
     """Build a frozen encoder.
 
+    Of weights of a run of finetune, ``model``, ``view``, ``slices``, ``crop``, ``size`` and ``scale`` are by default
+    those of the run: the encoder sees what the network was trained on. Where others are given an `InputWarning` says
+    so; to see all where the run had a crop, give the volumes' shape as ``crop``.
+
     Parameters
     ----------
     model
         Any ResNet of torchvision (2D: ``resnet18``, ``wide_resnet50_2``, ...) or video network (3D: ``r3d_18``,
-        ``s3d``, ``swin3d_t``, ...), see `extract.models.MODELS`.
+        ``s3d``, ``swin3d_t``, ...), see `extract.models.MODELS`; by default ``resnet18``.
     weights, weights_dir
         See `extract.weights.load_weights`; by default the pretrained ones of the model.
     layers
@@ -190,13 +202,13 @@ def build_encoder(
     view
         Slices that a 2D model sees, by default `View.triplanar`; a 3D model takes `View.volume`.
     slices
-        Per plane, evenly spaced.
+        Per plane, evenly spaced; by default 3.
     crop
         (z, y, x): only the central part of each volume is seen, and cut into slices.
     size
         What each slice or volume is resized to: one number for all axes, or (height, width) or (z, y, x).
     scale
-        Resizes the input, for instance 0.5 for half resolution; excludes ``size``.
+        Resizes the input, for instance 0.5 for half resolution; by default 1. Excludes ``size``.
     seed
         Of random weights.
     device
@@ -219,7 +231,18 @@ def build_encoder(
     WeightsUnavailableError
         If the weights cannot be had or do not fit the model.
     """
+    own = find_checkpoint(weights)
+    model = model or (own.model if own else None) or DEFAULT_MODEL
     family = family_of(model)
+    loaded = load_weights(model, own, weights_dir) if own else None  # others may take a download: they come last
+    trained = own.trained if own else None
+    if trained is not None:
+        view = trained.view if view is None else view
+        slices = trained.slices if slices is None else slices
+        crop = trained.crop if crop is None else crop
+        if size is None and scale is None:
+            size, scale = trained.size, trained.scale
+    slices, scale = 3 if slices is None else slices, 1.0 if scale is None else scale
     solid = family.axes == 3
     if view is None:
         view = View.volume if solid else View.triplanar
@@ -241,7 +264,9 @@ def build_encoder(
         raise ValueError("a plain network is neither compiled nor of another precision than float32")
     chosen = choose_device(device)
     dtype = torch.float32 if plain else choose_precision(precision, chosen)
-    loaded = load_weights(model, weights, weights_dir)
+    loaded = loaded or load_weights(model, weights, weights_dir)
+    if trained is not None:
+        _warn_of_differences(loaded.name, trained, view, slices, crop, size, scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = make_network(model)
@@ -292,6 +317,24 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         "precision": encoder.precision,
         "compiled": encoder.compiled is not None,
     }
+
+
+def _warn_of_differences(
+    name: str,
+    trained: Trained,
+    view: View,
+    slices: int,
+    crop: tuple[int, ...] | None,
+    size: tuple[int, ...] | None,
+    scale: float,
+) -> None:
+    unlike = trained.differences(view, slices, crop, size, scale)
+    if unlike:
+        message = f"{name} was trained with {unlike}: leave that out to see what it was trained on"
+        warnings.warn(message, InputWarning, stacklevel=3)
+    if trained.pool == "attention" and view is not View.volume:
+        message = f"{name} weighs the slices of a scan by attention; the features are their plain mean"
+        warnings.warn(message, InputWarning, stacklevel=3)
 
 
 def choose_device(device: str) -> torch.device:

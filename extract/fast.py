@@ -93,7 +93,7 @@ def _why_not_compiled(device: torch.device) -> str | None:
 
 
 def choose_batch_size(encoder: Encoder, shape: tuple[int, int, int], *, cut: bool) -> int:
-    """Choose how many scans to encode at a time: on a GPU by how much memory one takes, which is tried.
+    """Choose how many scans to encode at a time, see `scans_at_a_time`.
 
     Parameters
     ----------
@@ -102,14 +102,29 @@ def choose_batch_size(encoder: Encoder, shape: tuple[int, int, int], *, cut: boo
     cut
         They are slices, see `extract.encoder.Encoder`.
     """
-    device = encoder.device
+    uncompiled = replace(encoder, compiled=None)  # nothing need be compiled for one scan
+    return scans_at_a_time(lambda scan: uncompiled(scan, cut=cut), encoder.device, encoder.view, shape)
+
+
+def scans_at_a_time(
+    run: Callable[[torch.Tensor], torch.Tensor], device: torch.device, view: View, shape: tuple[int, int, int]
+) -> int:
+    """Choose how many scans a network is to see at a time: on a GPU by how much memory one takes, which is tried.
+
+    Parameters
+    ----------
+    run
+        Computes what it gives for uint8 (scan, *shape), and keeps nothing for a gradient.
+    view
+        What it sees of a scan.
+    """
     if device.type != "cuda":
-        return CPU_VOLUMES if encoder.view is View.volume else CPU_SCANS
+        return CPU_VOLUMES if view is View.volume else CPU_SCANS
     scan = torch.zeros((1, *shape), dtype=torch.uint8, device=device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    replace(encoder, compiled=None)(scan, cut=cut)  # nothing need be compiled for one scan
+    run(scan)
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()  # what torch keeps for later is free, too

@@ -15,9 +15,11 @@ from urllib.parse import urlparse
 import torch
 from torchvision.models import WeightsEnum
 
-from extract.checkpoints import parameters_for, read_checkpoint
+from extract.checkpoints import Checkpoint, parameters_for, read_checkpoint
 from extract.errors import WeightsUnavailableError
-from extract.models import default_weights, family_of
+from extract.models import FAMILIES, default_weights, family_of
+from extract.trained import Trained, other_store, same_store
+from ingest.store import VolumeStore
 
 _REACH_SECONDS = 8.0  # no network is found out within this time, whatever the name server does
 
@@ -29,7 +31,8 @@ class Weights:
     Attributes
     ----------
     name
-        ``imagenet``, ``kinetics``, ``random (seed 0)`` or the file's name.
+        ``imagenet``, ``kinetics``, ``random (seed 0)``, the file's name, or those of a run and a file in it, with the
+        epoch: ``sex/best.pt (epoch 12)``.
     sha256
         Of the file; of the parameters' bytes if random.
     state_dict
@@ -39,6 +42,8 @@ class Weights:
         Of the red, green and blue inputs in [0, 1] that the weights expect.
     entry
         Which weights of torchvision, for instance ``ResNet18_Weights.IMAGENET1K_V1``; None for others.
+    trained
+        What a run of finetune says of the weights, if they are of one.
     """
 
     name: str
@@ -47,9 +52,24 @@ class Weights:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     entry: str | None = None
+    trained: Trained | None = None
 
 
-def load_weights(model: str, weights: str | None = None, weights_dir: str | os.PathLike[str] | None = None) -> Weights:
+def find_checkpoint(weights: str | None) -> Checkpoint | None:
+    """Read the file, or the folder of a run, that a user gave as weights; None for weights that have a name.
+
+    Raises
+    ------
+    WeightsUnavailableError
+        See `extract.checkpoints.read_checkpoint`.
+    """
+    names = {"random", *(family.pretrained for family in FAMILIES.values())}
+    return None if weights is None or weights in names or not os.path.exists(weights) else read_checkpoint(weights)
+
+
+def load_weights(
+    model: str, weights: str | Checkpoint | None = None, weights_dir: str | os.PathLike[str] | None = None
+) -> Weights:
     """Get the weights that a user asked for.
 
     Parameters
@@ -57,9 +77,9 @@ def load_weights(model: str, weights: str | None = None, weights_dir: str | os.P
     model
         See `extract.models`.
     weights
-        ``imagenet`` (2D models), ``kinetics`` (3D models), ``random``, or the path of a file, see
-        `extract.checkpoints.read_checkpoint`; by default the pretrained ones. Those are torchvision's default for the
-        model, taken from its cache, or downloaded into that.
+        ``imagenet`` (2D models), ``kinetics`` (3D models), ``random``, or the path of a file or of the folder of a
+        run, see `extract.checkpoints.read_checkpoint`, or what that gave; by default the pretrained ones. Those are
+        torchvision's default for the model, taken from its cache, or downloaded into that.
     weights_dir
         A folder that holds torchvision's files by their own names, instead of its cache; nothing is downloaded, and
         the files are checked by the digits in their names.
@@ -85,19 +105,34 @@ def load_weights(model: str, weights: str | None = None, weights_dir: str | os.P
             ) from None
         return Weights(weights, checkpoint.sha256, parameters, *_normalisation(entry), str(entry))
     if weights_dir is not None:
-        raise ValueError(f"weights_dir holds {pretrained} weights, but weights is {weights!r}; leave one of them out")
+        given = weights.file if isinstance(weights, Checkpoint) else weights
+        raise ValueError(f"weights_dir holds {pretrained} weights, but weights is {given!r}; leave one of them out")
     if weights == "random":
         return Weights("random", "", None, *_normalisation(entry))
-    if not os.path.exists(weights):
-        raise WeightsUnavailableError(
-            f"no weights {weights!r} for {model}: expected {pretrained}, random, or the path of a file"
-        )
-    checkpoint = read_checkpoint(weights)
+    if not isinstance(weights, Checkpoint):
+        if not os.path.exists(weights):
+            raise WeightsUnavailableError(
+                f"no weights {weights!r} for {model}: expected {pretrained}, random, or the path of a file or a run"
+            )
+        weights = read_checkpoint(weights)
     mean, std = _normalisation(entry)
     return Weights(
-        checkpoint.file, checkpoint.sha256, parameters_for(checkpoint, model),
-        checkpoint.mean or mean, checkpoint.std or std,
+        weights.name, weights.sha256, parameters_for(weights, model), weights.mean or mean, weights.std or std,
+        trained=weights.trained,
     )  # fmt: skip
+
+
+def about_store(weights: Weights, volumes: VolumeStore) -> list[str]:
+    """Return what is to be told, a line each, of features that weights of a run make of the scans of a store."""
+    if weights.trained is None:
+        return []
+    lines = other_store(weights.trained.attrs, volumes)
+    if same_store(weights.trained.attrs, volumes):
+        lines.append(
+            f"{weights.name} was trained on people of this store, whose features look better than others' would; "
+            "split.csv of the run tells who they are: test on those whom it has not seen"
+        )
+    return lines
 
 
 def _normalisation(entry: WeightsEnum) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -128,11 +129,15 @@ def make_augmentation(settings: FinetuneSettings) -> Augmentation | None:
 
 
 def open_part(store: VolumeStore, training: Training, part: str) -> Loader | None:
-    """Open a loader of this process's share of a part, as stored and in order; None if that is empty."""
-    group, settings = training.group, training.settings
+    """Open a loader of this process's share of a part; None if that is empty."""
+    group = training.group
     rows = training.cohort.rows_of(part)[group.rank :: group.size]
-    if not len(rows):
-        return None
+    return open_scans(store, training, rows) if len(rows) else None
+
+
+def open_scans(store: VolumeStore, training: Training, rows: np.ndarray) -> Loader:
+    """Open a loader of some rows, as stored and in order, for this process alone."""
+    settings = training.settings
     view, slices = what_to_load(training.network.seen, store.grid.shape_zyx)
     return open_loader(
         store, rows=rows, view=view, slices=slices, batch_size=2 * training.steps.micro, backend=settings.backend,

@@ -6,6 +6,7 @@ their encoder: ``format``, ``model``, ``state_dict`` (``encoder.*``), ``mean`` a
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from extract.checkpoints import BEST, FORMAT, load_content
+from extract.checkpoints import LAST as LAST
 from extract.errors import WeightsUnavailableError
 from extract.probing.writing import write_whole
 from finetune.heads import Head
@@ -22,7 +24,6 @@ from finetune.network import Input, ScanNetwork
 from finetune.settings import FinetuneSettings, make_settings
 from loaders.views import View
 
-LAST = "last.pt"
 VERSION = 1
 
 
@@ -128,12 +129,13 @@ def load_run(path: str | os.PathLike[str], device: str | torch.device = "cpu") -
     name = os.path.basename(os.path.normpath(path))
     try:
         model, settings = content["model"], make_settings(content["settings"], name)
-        seen, heads = _input(model["input"]), [Head.from_json(head) for head in model["heads"]]
+        attrs = dict(json.loads(json.dumps(content["attrs"])))  # plain, whoever made the file
+        seen, heads = _input(model["input"]), [_head(head) for head in model["heads"]]
         network = ScanNetwork(model["name"], seen, heads, pool=model["pool"], dropout=settings.dropout)
         network.load_state_dict(content["state_dict"])
-        attrs = dict(content["attrs"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(what.split())[:300]
         raise WeightsUnavailableError(f"{path} is no complete checkpoint of a finetune run: {reason}") from None
     return LoadedRun(network.to(device).eval(), heads, settings, attrs, sha256)
 
@@ -160,6 +162,15 @@ def _input(document: Mapping[str, Any]) -> Input:
         mean=tuple(map(float, document["mean"])),
         std=tuple(map(float, document["std"])),
     )
+
+
+def _head(document: Any) -> Head:
+    head = Head.from_json(document)
+    widths = {"binary": 1, "multiclass": len(head.labels), "ordinal": len(head.levels) - 1}
+    labels = {"binary": 2, "multiclass": head.outputs}.get(head.task, 0)
+    if head.outputs != widths.get(head.task, 1) or head.outputs < 1 or len(head.labels) != labels:
+        raise ValueError(f"the head {head.name!r} has {head.outputs} outputs and {len(head.labels)} labels")
+    return head
 
 
 def _numbers(values: Any) -> tuple[int, ...] | None:

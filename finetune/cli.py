@@ -17,9 +17,12 @@ from typer.core import TyperGroup
 from extract.cli import WEIGHTS_UNAVAILABLE
 from extract.distributed import join_group
 from extract.errors import WeightsUnavailableError
+from finetune.curves.cli import curve_command
 from finetune.errors import NonFiniteLossError
+from finetune.export import export_run
 from finetune.options import Config, settings_from, with_settings
-from finetune.printing import print_result
+from finetune.predict import predict_to
+from finetune.printing import print_predicted, print_result
 from finetune.results import SETTINGS
 from finetune.run import Progress, finetune
 from ingest.progress import progress_bar
@@ -78,6 +81,58 @@ def run_command(
     print_result(result, console, errors, as_json=as_json)
     if result.skipped or any(one.status != "ok" for one in result.test):
         raise typer.Exit(1)
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, or a checkpoint of one.")]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if it is there.")]
+
+
+@app.command("predict")
+def predict_command(
+    store: Store,
+    run: Run,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Predictions to write: .parquet or .csv")],
+    where: Annotated[str | None, typer.Option(help='Only scans of which this is true, such as "age >= 60".')] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, dali or torch.")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="that of the run")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Scans at a time.", show_default="by free memory")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the loader.", show_default="one per core")] = None,
+    overwrite: Replace = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict for the scans of any store with a finished run: a table with a row per scan."""
+    logging.getLogger("loaders").addFilter(_is_no_skipped_scan)
+    with progress_bar("predict", errors) as bar:
+        task = bar.add_task("predict", total=None)
+        done = predict_to(
+            out, store, run, where=where, device=device, backend=backend, precision=precision, batch_size=batch_size,
+            threads=threads, overwrite=overwrite, on_plan=lambda scans: bar.update(task, total=scans),
+            on_batch=lambda scans: bar.advance(task, scans),
+        )  # fmt: skip
+    print_predicted(done, console, errors, as_json=as_json)
+    if done.skipped:
+        raise typer.Exit(1)
+
+
+@app.command("export")
+def export_command(
+    run: Run,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Encoder's weights by torchvision's names, .pt, or torch.export, .pt2")
+    ],
+    overwrite: Replace = False,
+) -> None:
+    """Write a network for use elsewhere: the weights of its encoder, or all of it as a program."""
+    done = export_run(run, out, overwrite=overwrite)
+    console.print(done.in_words(), soft_wrap=True, highlight=False, markup=False)
+
+
+app.command("curve")(curve_command)
 
 
 def _is_no_skipped_scan(record: logging.LogRecord) -> bool:

@@ -86,6 +86,8 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
     rows = select_rows(store, where=settings.where)
     table = as_table(store, rows)
     names = target_names(table, settings.target)
+    if "part" in names:
+        raise ValueError("a target may not be called 'part', as a column of the predictions is; rename it")
     everybody = read_groups(table, settings.groups, settings.kinship)
     targets = read_targets(table, names, settings.task, {}, everybody.people)
     for target in targets:

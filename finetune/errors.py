@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or a gradient is not finite: what it was of, and what helps."""
+    """A loss, a gradient or a prediction is not finite: what it was of, and what helps."""
 
     def __init__(
         self,
@@ -32,7 +32,6 @@ class NonFiniteLossError(RuntimeError):
         if clip is None:
             helps.append("--clip 1")
         super().__init__(
-            f"step {step}: {what}; learning rate {rate:.3g}, {precision}, rows {shown} of the store. No checkpoint "
-            f"holds such weights: begin anew (--overwrite) with {', or '.join(helps)}; ingest verify STORE tells whether the "
-            "volumes are sound"
+            f"step {step}: {what}; learning rate {rate:.3g}, {precision}, rows {shown} of the store. Begin anew "
+            f"(--overwrite) with {', or '.join(helps)}; ingest verify STORE tells whether the volumes are sound"
         )

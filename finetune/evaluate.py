@@ -107,7 +107,8 @@ def predict(
             for batch in loader:
                 outputs = network(batch.images.to(device), cut=cut)
                 rows.append(batch.rows[batch.valid])
-                values.append(outputs[torch.from_numpy(batch.valid).to(device)])
+                # A mask makes a GPU be waited for, and hardly ever leaves out anything.
+                values.append(outputs if batch.valid.all() else outputs[torch.from_numpy(batch.valid).to(device)])
                 if on_batch:
                     on_batch(len(batch.rows))
     finally:

@@ -138,7 +138,8 @@ def make_head(target: Target, train: np.ndarray, *, balanced: bool = False) -> H
         shares = np.full(len(labels), 1 / len(labels)) if balanced else counts / counts.sum()
         outputs = 1 if task == "binary" else len(labels)
         return Head(name, task, labels, target.units, outputs, frequencies=tuple(shares.tolist()))
-    if np.ptp(values) == 0:
+    scaled = np.log1p(values) if task == "count" else values
+    if np.ptp(scaled) == 0:
         raise ValueError(f"everybody of the training part has {name} {values[0]:g}; there is nothing to learn")
     if task == "ordinal":
         levels = np.unique(target.values[target.present])
@@ -149,7 +150,6 @@ def make_head(target: Target, train: np.ndarray, *, balanced: bool = False) -> H
             )
         typical = float(values.mean())
         return Head(name, task, (), target.units, len(levels) - 1, typical=typical, levels=tuple(levels.tolist()))
-    scaled = np.log1p(values) if task == "count" else values
     return Head(name, task, (), target.units, 1, float(scaled.mean()), float(scaled.std()), float(values.mean()))
 
 

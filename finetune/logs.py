@@ -20,10 +20,16 @@ class Log(Protocol):
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Take one."""
 
+    def flush(self) -> None:
+        """Write down what was taken."""
+
 
 class _Silent:
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Forget it."""
+
+    def flush(self) -> None:
+        """Do nothing."""
 
 
 def write_epochs(path: Path, history: Sequence[dict[str, float]]) -> None:
@@ -50,7 +56,7 @@ def tensorboard(folder: Path | None, step: int) -> Iterator[Log]:
         return
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
     try:
         yield writer
     finally:

@@ -23,7 +23,7 @@ from loaders.views import View
 _TRAINED = ("torchvision.models.resnet", "torchvision.models.video.resnet")
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
-_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _HIDDEN = 128  # of the attention
 
 
@@ -192,7 +192,7 @@ class ScanNetwork(nn.Module):
                     part.requires_grad_(False)
                     self._left.append(part)
         if batch_norm:
-            self._left += [module for module in self.encoder.modules() if isinstance(module, _NORMS)]
+            self._left += [module for module in self.encoder.modules() if isinstance(module, NORMS)]
         self.train(self.training)
 
     def stages(self) -> Iterator[list[nn.Module]]:
@@ -215,7 +215,7 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.value = nn.Linear(features, _HIDDEN)
         self.gate = nn.Linear(features, _HIDDEN)
-        self.weight = nn.Linear(_HIDDEN, 1)
+        self.weight = nn.Linear(_HIDDEN, 1, bias=False)  # which softmax would not see
 
     def forward(self, slices: torch.Tensor) -> torch.Tensor:
         """Return the weighted mean."""
@@ -286,7 +286,7 @@ class _SameStatistics(AbstractContextManager[None]):
     """Keeps batch norms from counting a batch again that is only computed again."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._norms = [part for part in module.modules() if isinstance(part, _NORMS) and part.training]
+        self._norms = [part for part in module.modules() if isinstance(part, NORMS) and part.training]
         self._kept: list[tuple[float | None, torch.Tensor | None]] = []
 
     def __enter__(self) -> None:

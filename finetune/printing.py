@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from extract.probing.results import Interval, TargetResult
+from finetune.predict import Predicted
 from finetune.results import REPORT, RunResult
 
 _NAMES = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
@@ -20,10 +21,7 @@ def print_result(result: RunResult, console: Console, errors: Console, *, as_jso
     """Print the scores of a run, or everything as JSON; scans that were left out go to stderr."""
     for warning in result.warnings:
         errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
-    for row, reason in list(result.skipped.items())[:_SHOWN_SKIPPED]:
-        errors.print(f"skipped: row {row}: {reason}", soft_wrap=True, highlight=False, markup=False)
-    if len(result.skipped) > _SHOWN_SKIPPED:
-        errors.print(f"skipped: {len(result.skipped) - _SHOWN_SKIPPED} more scans", highlight=False)
+    _print_skipped(result.skipped, errors)
     if as_json:
         print(json.dumps(_finite(result.to_json())))
         return
@@ -39,6 +37,30 @@ def print_result(result: RunResult, console: Console, errors: Console, *, as_jso
         _add_rows(table, one, validation)
     console.print(table, highlight=False)
     console.print(f"report: {result.run_dir / REPORT}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_predicted(done: Predicted, console: Console, errors: Console, *, as_json: bool) -> None:
+    """Print what was predicted, or as JSON; warnings and scans that were left out go to stderr."""
+    for warning in done.warnings:
+        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+    _print_skipped(done.skipped, errors)
+    if as_json:
+        print(json.dumps(done.to_json()))
+        return
+    console.print(
+        f"{done.path}: {done.scans:,} scans x {len(done.targets)} targets ({', '.join(done.targets)}), in "
+        f"{done.seconds:.1f} s ({done.scans_per_second:.1f} scans/s)"
+        + ("" if done.precision == "float32" else f", {done.precision}")
+        + (", simulated data" if done.simulated else ""),
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+
+
+def _print_skipped(skipped: dict[int, str], errors: Console) -> None:
+    for row, reason in list(skipped.items())[:_SHOWN_SKIPPED]:
+        errors.print(f"skipped: row {row}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if len(skipped) > _SHOWN_SKIPPED:
+        errors.print(f"skipped: {len(skipped) - _SHOWN_SKIPPED} more scans", highlight=False)
 
 
 def _add_rows(table: Table, one: TargetResult, validation: TargetResult) -> None:

@@ -114,7 +114,8 @@ def read_result(run_dir: Path, heads: list[Head]) -> RunResult:
         document["skipped"] = {int(row): reason for row, reason in document["skipped"].items()}
         return RunResult(run_dir=run_dir, **document)
     except FileNotFoundError as error:
-        raise ValueError(f"{run_dir} is no finished run: there is no {Path(str(error.filename)).name}") from None
+        missing = next((name for name in (RESULTS, PREDICTIONS) if not (run_dir / name).is_file()), error)
+        raise ValueError(f"{run_dir} is no finished run: there is no {missing}") from None
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{run_dir} is damaged: {' '.join(str(error).split())[:200]}; run it again") from None
 

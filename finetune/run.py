@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,14 @@ import torch
 
 from extract.distributed import Group
 from extract.probing.results import TargetResult
-from extract.weights import Weights
-from finetune.build import build_network, build_training, check_volumes, find_weights, open_part
+from extract.weights import Weights, about_store
+from finetune.batch_norm import choose_scans, update_statistics
+from finetune.build import build_network, build_training, check_volumes, find_weights, open_part, open_scans
 from finetune.checkpoints import BEST, LAST, checkpoint_of, load_run, read_training, write_checkpoint
-from finetune.cohort import Cohort, read_cohort
+from finetune.cohort import read_cohort
 from finetune.evaluate import Outputs, predict, score_head
+from finetune.folder import FREE as FREE
+from finetune.folder import begin_folder, check_folder, existing, leave_weights, remove_half_written
 from finetune.logs import TENSORBOARD, Log, tensorboard, write_epochs
 from finetune.losses import loss_sums
 from finetune.predictions import TRUE, prediction_table, write_table
@@ -28,25 +30,18 @@ from finetune.results import (
     PREDICTIONS,
     REPORT,
     RESULTS,
-    SETTINGS,
     SPLIT,
     RunResult,
     read_result,
     write_result,
 )
-from finetune.settings import FinetuneSettings, make_settings, read_settings
-from finetune.split import write_split
-from finetune.training import StepDone, Training, train_epoch
+from finetune.settings import FinetuneSettings
+from finetune.training import StepDone, Training, not_finite, train_epoch
 from ingest.errors import StoreError
 from ingest.lock import store_lock
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, package_versions
 from loaders import Loader
-
-#: What may be another when a run goes on: nothing of it decides about the result but by rounding.
-FREE = ("device", "backend", "threads", "micro_batch", "checkpointing", "checkpoint_every", "on_error", "tensorboard")
-
-_FILES = (SETTINGS, SPLIT, LAST, BEST, EPOCHS, RESULTS, PREDICTIONS, REPORT)
 
 
 @dataclass(frozen=True)
@@ -82,6 +77,7 @@ def finetune(
     *,
     group: Group | None = None,
     overwrite: bool = False,
+    report: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
     """Train a network for some targets, and score it on people whom it has not seen.
@@ -102,6 +98,8 @@ def finetune(
         The processes that share the run, see `extract.distributed.join_group`.
     overwrite
         Begin anew.
+    report
+        Write ``report.html``.
     on_progress
         Called after each step and each validation.
 
@@ -121,31 +119,43 @@ def finetune(
         with group.first_here():
             if group.rank == 0:
                 stack.enter_context(store_lock(run_dir))
-                _open_folder(run_dir, settings, overwrite=overwrite)
+                check_folder(run_dir, settings, overwrite=overwrite)
             volumes = open_store(store)
-            done = (run_dir / RESULTS).is_file()
+            done = not overwrite and (run_dir / RESULTS).is_file()
             if not done:
-                cohort = read_cohort(volumes, settings, _existing(run_dir / SPLIT))
+                cohort = read_cohort(volumes, settings, None if overwrite else existing(run_dir / SPLIT))
                 weights = find_weights(settings)
                 network = build_network(settings, cohort.heads, weights)
                 check_volumes(network, volumes.grid.shape_zyx)
-                if group.rank == 0:
-                    _write_beginning(run_dir, settings, cohort)
         if done:
-            result = read_result(run_dir, load_run(run_dir).heads)
-            if group.rank == 0 and not (run_dir / REPORT).is_file():
-                _write_report(result, volumes)
-            return result
+            return _finished(run_dir, volumes, group, report=report)
         training = build_training(volumes, settings, cohort, network, group)
         stack.callback(training.loader.close)
+        with group.first_here():
+            if group.rank == 0:
+                begin_folder(run_dir, settings, cohort.split, overwrite=overwrite)
         attrs = _attrs(volumes, weights)
+        cohort.warnings.extend(about_store(weights, volumes))
         if (run_dir / LAST).is_file():
             _go_on(training, run_dir / LAST, volumes)
         _train(training, volumes, run_dir, attrs, on_progress or (lambda _: None))
         result = _finish(training, volumes, run_dir, attrs)
-        if group.rank == 0:
+        if report and group.rank == 0:
             _write_report(result, volumes)
         return result
+
+
+def _finished(run_dir: Path, volumes: VolumeStore, group: Group, *, report: bool) -> RunResult:
+    """Return what came of a run that is finished; if it was killed after that was written, do the rest."""
+    run = load_run(run_dir)
+    _check_store(run_dir, run.attrs, volumes)
+    result = read_result(run_dir, run.heads)
+    if group.rank == 0:
+        remove_half_written(run_dir)
+        leave_weights(run_dir / LAST)
+        if report and not (run_dir / REPORT).is_file():
+            _write_report(result, volumes)
+    return result
 
 
 def _write_report(result: RunResult, volumes: VolumeStore) -> None:
@@ -154,43 +164,13 @@ def _write_report(result: RunResult, volumes: VolumeStore) -> None:
     write_finetune_report(result.run_dir / REPORT, result, load_run(result.run_dir), volumes, warnings=result.warnings)
 
 
-def _open_folder(run_dir: Path, settings: FinetuneSettings, *, overwrite: bool) -> None:
-    """Check that a folder is new, or that of the same run; with `overwrite` remove what a run keeps there."""
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        return
-    if not (run_dir / SETTINGS).is_file():
-        raise StoreError(f"{run_dir} is no folder of a run: it has files but no {SETTINGS}; choose another name")
-    if overwrite:
-        for name in _FILES:
-            (run_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
-        return
-    before = make_settings(read_settings(run_dir / SETTINGS), str(run_dir / SETTINGS))
-    for name, value in settings.model_dump().items():
-        was = getattr(before, name)
-        if value != was and name not in FREE:
-            raise ValueError(
-                f"{run_dir} was begun with {name} {was!r}, not {value!r}; use the same settings to go on, another "
-                "folder, or --overwrite to begin anew"
-            )
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
-
-
-def _write_beginning(run_dir: Path, settings: FinetuneSettings, cohort: Cohort) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
-    write_split(run_dir / SPLIT, cohort.split)
-
-
 def _attrs(volumes: VolumeStore, weights: Weights) -> dict[str, Any]:
     return {
         "store": {
             "path": str(volumes.path.absolute()),
             "id": volumes.attrs["store_id"],
             "grid": volumes.attrs["grid"],
+            "intensity": volumes.attrs.get("intensity"),
         },
         "simulated": bool(volumes.attrs["simulated"]),
         "weights": {"name": "scratch" if weights.state_dict is None else weights.name, "sha256": weights.sha256},
@@ -201,10 +181,32 @@ def _attrs(volumes: VolumeStore, weights: Weights) -> dict[str, Any]:
 def _go_on(training: Training, path: Path, volumes: VolumeStore) -> None:
     """Load the last checkpoint of a run."""
     content = read_training(path)
-    if content["attrs"]["store"]["id"] != volumes.attrs["store_id"]:
-        raise StoreError(f"{path.parent} was begun with another store; give that one, or --overwrite to begin anew")
+    if "training" not in content:
+        raise StoreError(f"{path} is of a run that is finished, but {RESULTS} is not there; --overwrite begins anew")
+    _check_store(path.parent, content["attrs"], volumes)
+    for head, before in zip(training.network.heads_info, content["model"]["heads"], strict=True):
+        if head.to_json() != before:
+            raise StoreError(
+                f"{path.parent} was begun with other values of {head.name}, which have changed in the store since; "
+                "--overwrite begins anew"
+            )
     training.network.load_state_dict(content["state_dict"])
     training.load_state_dict(content["training"])
+
+
+def _check_store(run_dir: Path, attrs: Mapping[str, Any], volumes: VolumeStore) -> None:
+    if attrs["store"]["id"] != volumes.attrs["store_id"]:
+        raise StoreError(f"{run_dir} was begun with another store; give that one, or --overwrite to begin anew")
+
+
+def _save(training: Training, run_dir: Path, attrs: dict[str, Any]) -> None:
+    """Write the last and the best checkpoint; all processes must come here."""
+    state = training.state_dict()
+    if training.group.rank == 0:
+        attrs_now = {**attrs, "epoch": training.epoch, "step": training.step}
+        content = checkpoint_of(training.network, training.settings, attrs_now, training=state)
+        write_checkpoint(run_dir / LAST, content)
+        write_checkpoint(run_dir / BEST, _best_content(training, attrs))
 
 
 def _train(
@@ -214,39 +216,33 @@ def _train(
     steps, settings, rank = training.steps, training.settings, training.group.rank
     with ExitStack() as stack:
         validation = open_part(volumes, training, "validation")
-        if validation is not None:
-            stack.callback(validation.close)
+        statistics = None
+        if settings.batch_norm == "train":
+            statistics = open_scans(volumes, training, choose_scans(training.cohort.rows_of("train"), settings.seed))
+        for loader in (validation, statistics):
+            if loader is not None:
+                stack.callback(loader.close)
         folder = run_dir / TENSORBOARD if settings.tensorboard and rank == 0 else None
         log = stack.enter_context(tensorboard(folder, training.step))
         scores: dict[str, float] = {}
 
         def after_step(done: StepDone) -> None:
             log.add_scalar("train/loss", done.loss, done.step)
-            log.add_scalar("train/lr", _rate(training), done.step)
+            log.add_scalar("train/lr", training.rate(done.step), done.step)
             tell(_progress(training, done.loss, scores))
-            if done.step % settings.checkpoint_every == 0 and rank == 0:
-                content = checkpoint_of(
-                    training.network, settings, {**attrs, "epoch": training.epoch, "step": training.step},
-                    training=training.state_dict(),
-                )  # fmt: skip
-                write_checkpoint(run_dir / LAST, content)
-                if training.best is not None:
-                    write_checkpoint(run_dir / BEST, _best_content(training, attrs))
+            if done.step % settings.checkpoint_every == 0:
+                log.flush()
+                _save(training, run_dir, attrs)
 
         while True:
             if training.epoch > len(training.history):
-                scores = _end_epoch(training, validation, log)
+                scores = _end_epoch(training, validation, statistics, log)
                 if rank == 0:
                     write_epochs(run_dir / EPOCHS, training.history)
                 tell(_progress(training, training.history[-1]["train_loss"], scores))
             if training.epoch >= steps.epochs or _is_over(training):
                 return
             train_epoch(training, after_step)
-
-
-def _rate(training: Training) -> float:
-    """Return the learning rate of the heads."""
-    return float(training.schedule.get_last_lr()[-1])
 
 
 def _progress(training: Training, loss: float, scores: dict[str, float]) -> Progress:
@@ -261,24 +257,26 @@ def _is_over(training: Training) -> bool:
     return training.settings.patience is not None and training.waited >= training.settings.patience
 
 
-def _end_epoch(training: Training, validation: Loader | None, log: Log) -> dict[str, float]:
+def _end_epoch(
+    training: Training, validation: Loader | None, statistics: Loader | None, log: Log
+) -> dict[str, float]:
     """Validate if it is time, note how the epoch went, and keep the weights if they are the best."""
     group, steps = training.group, training.steps
     seconds, seen = max(training.elapsed, 1e-9), training.seen
     row: dict[str, float] = {
         "epoch": training.epoch,
         "step": training.step,
-        "lr": _rate(training),
+        "lr": training.rate(training.step),
         "train_loss": float(np.sum(group.gather_all(training.loss_sum))) / steps.per_epoch,
         "seconds": round(seconds, 3),
         "scans_per_second": round(seen / seconds, 3),
         "starved": round(training.starved / seconds, 4),
     }
     scores: dict[str, float] = {}
-    last = training.epoch >= steps.epochs
-    if len(training.cohort.rows_of("validation")) and (
-        last or training.step - training.validated >= training.settings.validate_every
-    ):
+    due = training.epoch >= steps.epochs or training.step - training.validated >= training.settings.validate_every
+    if due and statistics is not None:
+        update_statistics(training.network, statistics, training.dtype)
+    if due and len(training.cohort.rows_of("validation")):
         outputs = _predict_part(training, validation)
         measured = group.tell(_validate(training, outputs) if group.rank == 0 else None)
         row |= measured
@@ -309,6 +307,9 @@ def _keep_best(training: Training, row: dict[str, float]) -> None:
 
 def _predict_part(training: Training, loader: Loader | None) -> Outputs:
     """Return what the network gives for the scans of a part, of all processes, in the order of their rows."""
+    if training.group.size > 1:
+        for statistic in training.network.buffers():  # of batch norms: those of process 0, which are saved
+            torch.distributed.broadcast(statistic, 0)
     if loader is None:
         width = sum(head.outputs for head in training.network.heads_info)
         own = Outputs(np.empty(0, np.int64), np.empty((0, width), np.float32))
@@ -319,7 +320,19 @@ def _predict_part(training: Training, loader: Loader | None) -> Outputs:
     order = np.argsort(rows, kind="stable")
     skipped = {row: reason for part in parts for row, reason in part.skipped.items()}
     training.skipped |= skipped
-    return Outputs(rows[order], np.concatenate([part.values for part in parts])[order], skipped)
+    outputs = Outputs(rows[order], np.concatenate([part.values for part in parts])[order], skipped)
+    _check_finite(training, outputs)
+    return outputs
+
+
+def _check_finite(training: Training, outputs: Outputs) -> None:
+    network, bad = training.network, ~np.isfinite(outputs.values)
+    if bad.any():
+        of_head = {
+            head.name: np.nan if bad[:, place].any() else 0.0
+            for head, place in zip(network.heads_info, network.head_slices, strict=True)
+        }
+        raise not_finite(training, training.step, np.nan, np.nan, of_head, outputs.rows[bad.any(axis=1)])
 
 
 def _validate(training: Training, outputs: Outputs) -> dict[str, float]:
@@ -363,9 +376,7 @@ def _best_content(training: Training, attrs: dict[str, Any]) -> dict[str, Any]:
 def _finish(training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict[str, Any]) -> RunResult:
     """Score the best weights, and write everything; the results last, by which the run is known to be finished."""
     group, cohort, network = training.group, training.cohort, training.network
-    if group.rank == 0:
-        write_checkpoint(run_dir / BEST, _best_content(training, attrs))
-        ended = checkpoint_of(network, training.settings, {**attrs, "epoch": training.epoch, "step": training.step})
+    _save(training, run_dir, attrs)
     best_epoch = training.epoch if training.best is None else training.best["epoch"]
     if training.best is not None:
         network.load_state_dict(training.best["state_dict"])
@@ -412,5 +423,5 @@ def _finish(training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict
             tables.append(table)
         write_table(run_dir / PREDICTIONS, pd.concat(tables, ignore_index=True))
         write_result(result)
-        write_checkpoint(run_dir / LAST, ended)  # without what it takes to go on, which is three times as much
+        leave_weights(run_dir / LAST)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +14,8 @@ from ingest.dictionary import TASKS
 
 #: Before every value that is a rate or a share.
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 class FinetuneSettings(BaseModel):
@@ -25,7 +27,7 @@ class FinetuneSettings(BaseModel):
         For a value that cannot be; `read_settings` and `make_settings` turn it into one line.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     target: tuple[str, ...] = Field((), description="Phenotype, or several with commas between them.")
     task: dict[str, str] = Field(
@@ -76,7 +78,7 @@ class FinetuneSettings(BaseModel):
     clip: float | None = Field(1.0, gt=0, description="Greatest norm of the gradient.")
     freeze_until: str | None = Field(None, description="Leave this stage and those before it: stem, layer1, ...")
     batch_norm: Literal["train", "frozen"] = Field(
-        "train", description="Statistics of each batch, or those of the weights as they are."
+        "train", description="Trained with the statistics of each batch, or with those that the weights come with."
     )
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: all classes count the same.")
     augmentation: dict[str, float] | Literal["none"] = Field(
@@ -149,14 +151,19 @@ def make_settings(given: Mapping[str, Any], source: str = "the settings") -> Fin
     ValueError
         Naming an unknown setting and the nearest known one, or a value and what was expected.
     """
-    known = list(FinetuneSettings.model_fields)
+    return build_settings(FinetuneSettings, given, source)
+
+
+def build_settings(kind: type[_Kind], given: Mapping[str, Any], source: str) -> _Kind:
+    """Return settings of any class of which some are given; errors are those of `make_settings`."""
+    known = list(kind.model_fields)
     for name in given:
         if name not in known:
             nearest = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(known)}"
             raise ValueError(f"{source}: {name!r} is no setting{hint}")
     try:
-        return FinetuneSettings(**given)
+        return kind(**given)
     except ValidationError as error:
         raise ValueError(f"{source}: {_in_words(error)}") from None
 
@@ -185,8 +192,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _in_words(error: ValidationError) -> str:
     """Return in one line what is wrong with the first bad setting."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "dict[")))
+    name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "dict[", "tuple[")))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" or not name:
         return message
+    if first["type"] == "missing":  # of several values the last ones
+        length = int(error.errors()[-1]["loc"][-1]) + 1
+        return f"{first['loc'][0]} is {','.join(map(str, first['input']))}, expected {length} values"
     return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}"

@@ -60,7 +60,10 @@ def plan_steps(scans: int, settings: FinetuneSettings, most: int, processes: int
         )
     share = -(-batch // processes)
     limit = min(share, settings.micro_batch or most)
-    micro = next(size for size in range(limit, 0, -1) if share % size == 0)
+    if batch == scans:  # the end of the only step is that of the epoch, and may be smaller
+        micro = -(-share // -(-share // limit))
+    else:
+        micro = next(size for size in range(limit, 0, -1) if share % size == 0)
     per_epoch = max(1, scans // batch)
     epochs = max(settings.epochs, -(-settings.min_steps // per_epoch))
     return Steps(batch, micro, -(-share // micro), per_epoch, epochs)

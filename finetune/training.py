@@ -87,11 +87,16 @@ class Training:
         """Epochs that are done."""
         return self.step // self.steps.per_epoch
 
+    def rate(self, step: int) -> float:
+        """Return the learning rate of the heads in a step."""
+        return float(self.schedule.base_lrs[-1] * self.schedule.lr_lambdas[-1](step - 1))
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that it takes to go on, of which torch reads the file again; in the middle of an epoch, too.
 
-        Random numbers follow from the seed, the step and the process, and have no state.
+        All processes must ask for it together: it has the losses and skipped scans of each of them.
         """
+        skipped = self.group.gather_all(self.skipped | self.loader.skipped)
         taken = (self.step % self.steps.per_epoch) * self.steps.batch
         return {
             "step": self.step,
@@ -104,11 +109,11 @@ class Training:
             "best": self.best,
             "waited": self.waited,
             "validated": self.validated,
-            "loss_sum": self.loss_sum,
+            "loss_sum": float(np.sum(self.group.gather_all(self.loss_sum))),
             "seen": self.seen,
             "starved": self.starved,
             "elapsed": self.elapsed,
-            "skipped": {str(row): reason for row, reason in self.skipped.items()},
+            "skipped": {str(row): reason for some in skipped for row, reason in some.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,6 +125,8 @@ class Training:
         torch.set_rng_state(state["rng"])
         for name in ("step", "history", "best", "waited", "validated", "loss_sum", "seen", "starved", "elapsed"):
             setattr(self, name, state[name])
+        if self.group.rank:
+            self.loss_sum = 0.0  # process 0 has that of all
         self.skipped = {int(row): reason for row, reason in state["skipped"].items()}
 
 
@@ -256,13 +263,19 @@ def _settle(training: Training, done: _Pending, after_step: Callable[[StepDone],
     overflows = scaled and training.scaler.get_scale() < _SMALLEST_SCALE
     if not math.isfinite(loss) or (not math.isfinite(norm) and not scaled) or overflows:
         by_target = dict(zip((head.name for head in training.network.heads_info), done.by_target.tolist(), strict=True))
-        raise NonFiniteLossError(
-            step=done.step, loss=loss, norm=norm, by_target=by_target, rows=done.rows.tolist(),
-            rate=float(training.optimiser.param_groups[-1]["lr"]), precision=str(training.dtype).removeprefix("torch."),
-            clip=training.settings.clip,
-        )  # fmt: skip
+        raise not_finite(training, done.step, loss, norm, by_target, done.rows)
     training.loss_sum += loss
     after_step(StepDone(done.step, loss * training.group.size, done.seconds, done.starved))
+
+
+def not_finite(
+    training: Training, step: int, loss: float, norm: float, by_target: dict[str, float], rows: np.ndarray
+) -> NonFiniteLossError:
+    """Return the error of a step whose loss, gradient, or weights' predictions are not finite."""
+    return NonFiniteLossError(
+        step=step, loss=loss, norm=norm, by_target=by_target, rows=rows.tolist(), rate=training.rate(step),
+        precision=str(training.dtype).removeprefix("torch."), clip=training.settings.clip,
+    )  # fmt: skip
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:

@@ -60,6 +60,11 @@ def _serve(warm_store: Path) -> None:
     torch.set_num_threads(1)  # threads do not outlive a fork
     encoder = build_encoder(**SETTINGS)
     extract_to(warm_store.with_name("warm.h5"), warm_store, encoder, batch_size=1)
+    serve(lambda store, out: extract_to(Path(out), store, encoder, batch_size=1))
+
+
+def serve(work: Callable[[str, str], object]) -> None:
+    """Do some work for each line of stdin, in a process of its own."""
     print("ready", flush=True)
     for line in sys.stdin:
         store, out, step = line.rstrip("\n").split("\t")
@@ -68,7 +73,7 @@ def _serve(warm_store: Path) -> None:
             if int(step):
                 _die_at(int(step))
             try:
-                extract_to(Path(out), store, encoder, batch_size=1)
+                work(store, out)
             except BaseException:
                 os._exit(1)
             os._exit(0)
@@ -79,11 +84,12 @@ def _serve(warm_store: Path) -> None:
 
 def _die_at(step: int) -> None:
     count = 0
+    mkdir = os.mkdir
 
     def dying(function: Callable) -> Callable:
         def call(*args, **kwargs):
             nonlocal count
-            count += 1
+            count += function is not mkdir or not os.path.exists(args[0])
             if count == step:
                 os._exit(DIED)
             return function(*args, **kwargs)

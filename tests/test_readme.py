@@ -72,23 +72,29 @@ def test_the_python_of_the_page_about_loading_runs(tour, monkeypatch):
     assert names["batch"].images.shape[1:] == (1, 160, 192, 160)
 
 
+#: What a program does unless its first word says otherwise.
+BY_DEFAULT = {"ingest": ["run"], "loaders": ["profile"], "probe": ["run"], "finetune": ["run"], "extract": []}
+OTHERS = ("curve", "predict", "export")
+
+
 def test_commands_and_flags_of_the_readme_exist():
-    known: dict[str, str] = {}
-    for line in re.findall(r"^(ingest|extract|probe|loaders|finetune) (.*)$", "\n".join(blocks("sh")), flags=re.MULTILINE):
-        program, rest = line
-        if program not in known:
+    known: dict[tuple[str, ...], str] = {}
+    programs = "|".join(BY_DEFAULT)
+    for program, rest in re.findall(rf"^({programs}) (.*)$", "\n".join(blocks("sh")), flags=re.MULTILINE):
+        first = rest.split()[0]
+        command = (program, *([first] if first in OTHERS else BY_DEFAULT[program]))
+        if command not in known:
             script = Path(sysconfig.get_path("scripts")) / program
-            command = [
-                str(script),
-                *{"ingest": ["run"], "loaders": ["profile"], "probe": ["run"]}.get(program, []),
-                "--help",
-            ]
-            known[program] = subprocess.run(
-                command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"}
+            known[command] = subprocess.run(
+                [str(script), *command[1:], "--help"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                env={**os.environ, "COLUMNS": "200"},
             ).stdout
         for flag in re.findall(r"--[a-z-]+", rest):
-            assert flag in known[program], f"{program} has no {flag}"
-    assert set(known) == {"ingest", "extract", "probe", "loaders", "finetune"}
+            assert flag in known[command], f"{command} has no {flag}"
+    assert {command[0] for command in known} == set(BY_DEFAULT)
 
 
 def test_pictures_and_pages_that_it_links_to_exist():

@@ -148,7 +148,7 @@ NO_WEIGHTS = {
     "is a web page": lambda path, _: path.write_text("\n<!DOCTYPE html><html><body>404</body></html>"),
     "is a pointer of Git LFS": lambda path, _: path.write_text("version https://git-lfs.github.com/spec/v1\noid x"),
     "is empty": lambda path, _: path.write_bytes(b""),
-    "is a folder, .*--weights-dir": lambda path, _: path.mkdir(),
+    "is a folder without best.pt, .*--weights-dir": lambda path, _: path.mkdir(),
     "is no file": lambda path, _: os.mkfifo(path),
     "damaged, incomplete": truncated,
     "or was not written by torch.save": lambda path, _: path.write_text("not weights"),

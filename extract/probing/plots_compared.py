@@ -110,7 +110,7 @@ def curve_plot(curves: Mapping[str, LearningCurve], *, ylabel: str) -> bytes:
                 people, score, [score - low, high - score], color=colour, marker=marker, markersize=4.5, linewidth=1.6,
                 elinewidth=1.1, capsize=2.5, label=shorten(name, 40),
             )  # fmt: skip
-        axes.xaxis.set_major_locator(FixedLocator(_apart(sizes)))
+        axes.xaxis.set_major_locator(FixedLocator(labels_apart(sizes)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -130,7 +130,7 @@ def series_style(number: int, name: str) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
-def _apart(sizes: Sequence[int]) -> list[int]:
+def labels_apart(sizes: Sequence[int]) -> list[int]:
     """Return sizes whose labels do not touch on a logarithmic axis; the largest is among them."""
     if len(sizes) < 2:
         return list(sizes)

@@ -1,0 +1,65 @@
+"""Statistics of batch norms for the weights as they are: what a network is validated, kept and tested with.
+
+While it is trained, a batch norm uses the mean and variance of each batch, and an average of those of the last dozen of
+batches is kept for later. After few or large steps that average is of weights that are gone, and what the network
+predicts is far off though it has learnt. So the averages are taken anew, over one set of scans with one set of weights
+(Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv:2105.07576).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune.network import NORMS, ScanNetwork
+from loaders import Loader
+
+#: Scans that give the statistics: of their slices or voxels there are plenty.
+SCANS = 128
+
+
+def choose_scans(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Choose which of the rows to train on give the statistics, the same ones each time; int64, in ascending order."""
+    return np.sort(np.random.default_rng([seed, SCANS]).permutation(rows)[:SCANS])
+
+
+def update_statistics(network: ScanNetwork, loader: Loader, dtype: torch.dtype = torch.float32) -> None:
+    """Take the averages of all batch norms anew, but of those that are frozen.
+
+    Parameters
+    ----------
+    network
+        On its device.
+    loader
+        Of the scans, as stored; on all processes the same ones, for they wait for each other (SyncBatchNorm).
+    dtype
+        Of what is computed.
+    """
+    was_training = network.training
+    network.train()
+    norms = [module for module in network.modules() if isinstance(module, NORMS) and module.training]
+    device = next(network.parameters()).device
+    with _averaging(norms), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+        for number, batch in enumerate(loader if norms else ()):
+            if number and len(batch.rows) == 1:  # what is left over: of one small slice there may be no variance
+                continue
+            network.features(batch.images.to(device), network.seen.cut)
+    network.train(was_training)
+
+
+@contextlib.contextmanager
+def _averaging(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Have batch norms average over all batches alike, from now on."""
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()  # type: ignore[operator]
+        norm.momentum = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,157 @@
+"""Cells that train nothing: the network as its weights are, and a linear probe on what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from extract import Embeddings, build_encoder, open_embeddings
+from extract.models import family_of
+from extract.probing.cross_validation import penalty_folds
+from extract.probing.groups import Groups, read_groups
+from extract.probing.linear import ridge
+from extract.probing.logistic import logistic, probabilities
+from extract.probing.results import TargetResult
+from extract.probing.targets import Target
+from extract.resume import extract_to
+from extract.timing import Timing
+from finetune.cohort import Cohort, as_table
+from finetune.evaluate import score_head
+from finetune.heads import make_head
+from finetune.settings import FinetuneSettings
+from ingest.store import VolumeStore
+from loaders import View
+
+EMBEDDINGS = "embeddings.zarr"
+
+
+def embed_once(
+    store: VolumeStore, run_dir: Path, settings: FinetuneSettings, on_batch: Callable[[Timing], None] | None = None
+) -> Embeddings:
+    """Return what the frozen network gives for the scans of a store, extracted the first time.
+
+    Parameters
+    ----------
+    settings
+        Of the curve: the network sees the same of a scan as when it is fine-tuned. Slices are pooled by their mean.
+
+    Raises
+    ------
+    StoreBusyError
+        If another process is extracting.
+    """
+    path = run_dir / EMBEDDINGS
+    if not path.exists():  # it appears whole
+        solid = family_of(settings.model).axes == 3
+        encoder = build_encoder(
+            settings.model,
+            weights="random" if settings.weights == "scratch" else settings.weights,
+            weights_dir=settings.weights_dir,
+            view=View.volume if solid else View(settings.view or "triplanar"),  # or it would be that of the weights
+            slices=settings.slices,
+            crop=settings.crop or store.grid.shape_zyx,  # ... and so would none be
+            size=settings.size,
+            scale=settings.scale,
+            seed=settings.seed,
+            device=settings.device,
+            precision=settings.precision,
+        )
+        extract_to(path, store.path, encoder, backend=settings.backend, threads=settings.threads, on_batch=on_batch)
+    return open_embeddings(path)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What probes reach on the people tested.
+
+    Attributes
+    ----------
+    results
+        One per target, of `finetune.evaluate.score_head`.
+    penalties
+        That were chosen, by target.
+    train_scans
+        Scans that they were fitted to, of which some target is known.
+    skipped
+        Scans of the training and test parts that have no embedding.
+    """
+
+    results: list[TargetResult]
+    penalties: dict[str, float]
+    train_scans: int
+    skipped: int
+
+
+def probe_cell(store: VolumeStore, embeddings: Embeddings, cohort: Cohort, settings: FinetuneSettings) -> Probed:
+    """Fit a linear probe to the people of the training part and score it on those of the test part.
+
+    Ridge or logistic regression, as of the ``probe`` command, the penalty chosen within the training people; those of
+    the validation part are not used. Counts are fitted as log(1 + count), levels of ordinal targets as values.
+
+    Parameters
+    ----------
+    cohort, settings
+        Of the cell.
+
+    Raises
+    ------
+    ValueError
+        If a class has fewer than two people to train on, or scans cannot be read and ``on_error`` is ``raise``.
+    """
+    places = np.full(len(store.scans), -1)
+    places[embeddings.scans["row"].to_numpy()] = np.arange(len(embeddings.scans))
+    place = places[cohort.rows]
+    there = place >= 0
+    wanted = np.isin(cohort.part, ("train", "test"))
+    missing = cohort.rows[wanted & ~there]
+    if len(missing) and settings.on_error == "raise":
+        reasons = {int(one["row"]): one["reason"] for one in embeddings.attrs.get("skipped") or []}
+        row = int(missing[0])
+        why = reasons.get(row, "it was not there when the others were extracted")
+        raise ValueError(f"{len(missing)} scans have no embedding, the first is row {row}: {why}")
+    groups = read_groups(as_table(store, cohort.rows), settings.groups, settings.kinship)
+    results, penalties = [], {}
+    for target in cohort.targets:
+        known = there & target.present
+        train, test = known & (cohort.part == "train"), known & (cohort.part == "test")
+        features = embeddings.features[place[train | test]].astype(np.float64)
+        of_train = train[train | test]
+        head = make_head(target, train)
+        predicted, penalties[target.name] = _fit(
+            features[of_train], features[~of_train], target, groups.rows(train), train, settings.seed
+        )
+        results.append(
+            score_head(
+                head,
+                target.values[test],
+                predicted,
+                cohort.participants[test],
+                bootstrap=0,
+                rows=cohort.rows[test],
+            )
+        )
+    fitted = there & (cohort.part == "train")
+    return Probed(results, penalties, int(fitted.sum()), len(missing))
+
+
+def _fit(
+    train: np.ndarray, test: np.ndarray, target: Target, groups: Groups, chosen: np.ndarray, seed: int
+) -> tuple[np.ndarray, float]:
+    """Return predictions of the test scans and the penalty that was chosen."""
+    values = target.values[chosen]
+    with threadpool_limits(1 if train.size < 2_000_000 else None, user_api="blas"):
+        if target.labels:
+            codes = values.astype(np.int64)
+            fit = logistic(train, codes, penalty_folds(groups, codes, np.arange(len(codes)), [seed]))
+            return probabilities(fit.decide(test)), float(fit.penalties[0])
+        outcome = np.log1p(values) if target.task == "count" else values
+        together = groups.together if groups.together.max() > 0 else groups.people
+        fit = ridge(train, outcome[:, None], together)
+        decided = fit.decide(test)[:, 0]
+    if target.task == "count":
+        decided = np.maximum(np.expm1(np.clip(decided, -1, 700)), 0.0)
+    return decided, float(fit.penalties[0])

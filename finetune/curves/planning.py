@@ -1,0 +1,242 @@
+"""What a curve is to be: one split, its sizes, methods and seeds, written down so that all who work on it agree."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extract.models import family_of
+from extract.probing.writing import write_whole
+from finetune.cohort import Cohort, read_cohort
+from finetune.curves.cells import Cell, held, list_cells
+from finetune.curves.settings import CurveSettings, choose_methods, choose_sizes, from_scratch
+from finetune.run import FREE
+from finetune.settings import FinetuneSettings, make_settings
+from finetune.split import read_split, write_split
+from ingest.errors import StoreError
+from ingest.store import VolumeStore, check_format, package_versions
+
+FORMAT, VERSION = "brain-curve", 1
+PLAN, SPLIT = "plan.json", "split.csv"
+
+#: Settings that processes may have of their own. (The split is compared by what is in it.)
+_OWN = (*FREE, "split")
+
+_PATIENCE_S = 0.1  # between two looks at a lock that is held for moments
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A curve that is to be made.
+
+    Attributes
+    ----------
+    settings
+        Of the trainings, but for weights, people, seed and split, which the cells have of their own.
+    sizes, methods, seeds, scratch_lr, draws
+        See `finetune.curves.settings.CurveSettings`.
+    people
+        In each part of the split.
+    store
+        Name, id and grid of the store.
+    notes
+        What was left out, in words.
+    """
+
+    settings: FinetuneSettings
+    sizes: tuple[int, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    scratch_lr: float | None
+    draws: int
+    people: dict[str, int]
+    store: dict[str, Any]
+    simulated: bool
+    notes: tuple[str, ...] = ()
+    created_by: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> str:
+        """What transfer begins with."""
+        return self.settings.weights or family_of(self.settings.model).pretrained
+
+    def cells(self) -> list[Cell]:
+        """Return the cells in the order in which they are done."""
+        return list_cells(self.methods, self.sizes, self.seeds)
+
+    def settings_of(self, cell: Cell, run_dir: Path) -> FinetuneSettings:
+        """Return the settings of one training."""
+        of_method = from_scratch(self.settings, self.scratch_lr) if cell.method == "scratch" else self.settings
+        own = {"train_people": cell.size, "seed": cell.seed, "split": str((run_dir / SPLIT).resolve())}
+        return of_method.model_copy(update=own)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON."""
+        return {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "sizes": list(self.sizes),
+            "methods": list(self.methods),
+            "seeds": list(self.seeds),
+            "scratch_lr": self.scratch_lr,
+            "draws": self.draws,
+            "people": self.people,
+            "simulated": self.simulated,
+            "notes": list(self.notes),
+            "store": self.store,
+            "settings": self.settings.model_dump(mode="json"),
+            "created_by": self.created_by,
+        }
+
+
+def make_plan(
+    store: VolumeStore, run_dir: Path, settings: FinetuneSettings, curve: CurveSettings
+) -> tuple[Plan, Cohort]:
+    """Plan a curve and write that down, with the split of people, which is made once and stays.
+
+    Sizes, methods and seeds may be others than those of a call before: cells that are done count in any curve.
+
+    Returns
+    -------
+    Plan, Cohort
+        The cohort has all people of the training part.
+
+    Raises
+    ------
+    ValueError
+        If settings do not go together, a size is larger than the training part, or the people tested have not every
+        class of a target.
+    StoreError
+        If the folder is of other settings or another store, or no curve.
+    """
+    if settings.train_people is not None:
+        raise ValueError(f"train_people is {settings.train_people}: a curve has sizes; leave it out, or use sizes")
+    methods, notes = choose_methods(curve.methods, settings)
+    with waiting_for(run_dir / "plan"):
+        before = _read_before(run_dir)
+        if before is not None:
+            _compare(before, store, settings, curve.scratch_lr, run_dir)
+        cohort = _split_once(store, run_dir, settings)
+        _check_test(cohort)
+        people = cohort.people()
+        plan = Plan(
+            settings=settings,
+            sizes=choose_sizes(curve.sizes, people["train"]),
+            methods=methods,
+            seeds=curve.seeds,
+            scratch_lr=curve.scratch_lr,
+            draws=curve.draws,
+            people=people,
+            store={"name": store.path.name, "id": store.attrs["store_id"], "grid": store.attrs["grid"]},
+            simulated=bool(store.attrs["simulated"]),
+            notes=(*notes, *cohort.warnings),
+            created_by=package_versions("torch", "torchvision", "zarr", "numpy"),
+        )
+        text = json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
+        write_whole(run_dir / PLAN, lambda path: path.write_text(text, encoding="utf-8"))
+    return plan, cohort
+
+
+def read_plan(run_dir: Path) -> Plan:
+    """Read the plan of a curve.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds none.
+    StoreError
+        If it is damaged, or of a version that is not known.
+    """
+    path = run_dir / PLAN
+    if not path.is_file():
+        raise FileNotFoundError(f"no curve at {run_dir}; make one with: finetune curve STORE {run_dir} --target NAME")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        check_format(document, path, name=FORMAT, known=VERSION)
+        return Plan(
+            settings=make_settings(document["settings"], str(path)),
+            sizes=tuple(document["sizes"]),
+            methods=tuple(document["methods"]),
+            seeds=tuple(document["seeds"]),
+            scratch_lr=document["scratch_lr"],
+            draws=int(document["draws"]),
+            people=dict(document["people"]),
+            store=dict(document["store"]),
+            simulated=bool(document["simulated"]),
+            notes=tuple(document["notes"]),
+            created_by=dict(document["created_by"]),
+        )
+    except (LookupError, TypeError) as error:
+        raise StoreError(f"{path} is no plan of a curve: {error!r}; remove the folder, and run it again") from None
+    except ValueError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} is no plan of a curve: {error}; remove the folder, and run it again") from None
+
+
+@contextlib.contextmanager
+def waiting_for(path: Path) -> Iterator[None]:
+    """Hold a lock that others hold for moments only."""
+    while True:
+        with held(path) as mine:
+            if mine:
+                yield
+                return
+        time.sleep(_PATIENCE_S)
+
+
+def _read_before(run_dir: Path) -> Plan | None:
+    if (run_dir / PLAN).is_file():
+        return read_plan(run_dir)
+    if run_dir.is_dir():
+        others = [path.name for path in run_dir.iterdir() if path.name not in (SPLIT, f"{PLAN}.lock", "plan.lock")]
+        if any(not name.startswith(".") for name in others):
+            raise StoreError(f"{run_dir} exists and is no curve (it holds {sorted(others)[0]}); choose another folder")
+    return None
+
+
+def _compare(before: Plan, store: VolumeStore, settings: FinetuneSettings, lr: float | None, run_dir: Path) -> None:
+    if before.store["id"] != store.attrs["store_id"]:
+        raise StoreError(
+            f"{run_dir} is the curve of another store, {before.store['name']}, than {store.path.name}; choose another "
+            "folder"
+        )
+    had = before.settings.model_dump(mode="json") | {"scratch_lr": before.scratch_lr}
+    now = settings.model_dump(mode="json") | {"scratch_lr": lr}
+    differing = [name for name in now if name not in _OWN and had[name] != now[name]]
+    if differing:
+        words = "; ".join(f"{name} {had[name]!r}, not {now[name]!r}" for name in differing)
+        raise StoreError(f"{run_dir} was begun with {words}; use the same settings, or another folder")
+
+
+def _split_once(store: VolumeStore, run_dir: Path, settings: FinetuneSettings) -> Cohort:
+    """Split people, or read how that was done, and return who is there."""
+    path = run_dir / SPLIT
+    if path.is_file():
+        if settings.split is not None and read_split(Path(settings.split)) != read_split(path):
+            raise StoreError(f"{run_dir} has another split than {settings.split}; leave it out, or use another folder")
+        return read_cohort(store, settings, path)
+    cohort = read_cohort(store, settings)
+    write_split(path, cohort.split)
+    return cohort
+
+
+def _check_test(cohort: Cohort) -> None:
+    """Check that scores of the test part are defined, before anything is trained."""
+    test = cohort.part == "test"
+    if not test.any():
+        raise ValueError("nobody is in the test part, by whom all sizes are compared; use a larger test share")
+    for target in cohort.targets:
+        values = target.values[test & target.present]
+        missing = [label for code, label in enumerate(target.labels) if not (values == code).any()]
+        if missing:
+            raise ValueError(f"nobody of the test part has {target.name} {missing[0]!r}; use a larger test share")
+        if not target.labels and (not len(values) or np.ptp(values) == 0):
+            raise ValueError(f"the test part has no two different values of {target.name}; use a larger test share")

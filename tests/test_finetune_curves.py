@@ -1,0 +1,311 @@
+"""Learning curves of real trainings: cells, who shares them, what is resumed, what fails, what is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from report_page import Page
+from torchvision.models import resnet18
+
+from extract import build_encoder
+from extract.probing.linear import ridge
+from extract.run import extract
+from finetune.curves import CurveSettings, read_curve, run_curve
+from finetune.curves.cells import Cell, claim, read_cell
+from finetune.curves.planning import read_plan
+from finetune.run import finetune
+from finetune.settings import FinetuneSettings
+from finetune.split import read_split
+from ingest.errors import StoreError
+from ingest.grid import Grid
+from ingest.scan import ScanRow
+from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.store import create_store, grow_store, open_store, set_attributes, write_phenotypes, write_scans
+from loaders import View
+
+SHAPE = (16, 20, 16)
+PEOPLE = 60
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of small pictures that know sex and age; the first three people have two scans each."""
+    path = tmp_path_factory.mktemp("curve") / "cohort.zarr"
+    people = np.concatenate([np.arange(PEOPLE), np.arange(3)])
+    rng = np.random.default_rng(0)
+    create_store(path, [], Grid(SHAPE, 1.0, tuple(map(tuple, np.eye(4).tolist())), "native"), slab=4)
+    grow_store(path, len(people))
+    sex = rng.permutation(np.arange(PEOPLE) % 2).astype(float)[people]
+    age = rng.uniform(45, 80, PEOPLE)[people]
+    rows = []
+    for row, person in enumerate(people):
+        voxels = rng.integers(60, 160, SHAPE).astype(float)
+        voxels[:, 4:10, 4:10] += 60 * sex[row]
+        voxels[:, 12:18, 4:12] += 2.0 * (age[row] - 62)
+        write_shard(shard_path(path, row), encode_shard(np.clip(voxels, 0, 255).astype(np.uint8), 4))
+        session = str(2 + (row >= PEOPLE))
+        rows.append(ScanRow(f"9{person:06d}", session, "T1", f"{row}.nii.gz", status="ok", scale=1.0, offset=0.0))
+    write_scans(path, rows)
+    variables = {
+        "sex": {"task": "binary", "labels": {"0": "female", "1": "male"}},
+        "age": {"task": "continuous", "units": "years"},
+    }
+    write_phenotypes(path, pd.DataFrame({"sex": sex, "age": age}), variables)
+    set_attributes(path, {"simulated": True})
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights."""
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.manual_seed(3)
+    torch.save(resnet18().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(weights: Path) -> FinetuneSettings:
+    """Trainings of a moment."""
+    return FinetuneSettings(
+        target="sex,age", weights=str(weights), view="axial", slices=1, size=(32, 32), epochs=3, batch_size=10, lr=1e-3,
+        validation=0.2, test=0.3, tensorboard=False, bootstrap=0, device="cpu", backend="torch", threads=1,
+        augmentation="none", freeze_until="layer4",
+    )  # fmt: skip
+
+
+CURVE = CurveSettings(sizes=(10, 15), seeds=(4,), draws=100)
+
+
+@pytest.fixture(scope="module")
+def finished(store: Path, settings: FinetuneSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A curve of which the first cell was stopped in the middle, and gone on with."""
+    run_dir = tmp_path_factory.mktemp("run") / "curve"
+
+    def stop(progress):
+        if progress.training is not None and progress.training.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_curve(store, run_dir, settings.model_copy(update={"checkpoint_every": 2}), CURVE, on_progress=stop)
+    begun = Cell("transfer", 10, 4).folder(run_dir)
+    assert (begun / "last.pt").is_file()
+    assert read_curve(run_dir).unfinished
+    steps = []
+    result = run_curve(store, run_dir, settings, CURVE, on_progress=lambda told: steps.append(told))
+    assert result.ok
+    assert next(told.training.step for told in steps if told.training) == 2  # it went on
+    assert [told.done for told in steps if told.result] == [1, 2, 3, 4, 5, 6]
+    assert not (begun / "last.pt").exists()
+    return run_dir
+
+
+def test_all_methods_and_sizes_are_tested_on_the_same_people_and_trained_on_nested_ones(finished, store):
+    scans = open_store(store).scans
+    who = scans["participant"].to_numpy().astype(str)
+    split = read_split(finished / "split.csv")
+    result = read_curve(finished)
+    assert len(result.cells) == 6
+    test = {person for person, part in split.part_of.items() if part == "test"}
+    for cell in result.cells:
+        for target in cell.targets:
+            assert set(who[target.rows]) == test
+            assert len(target.rows) > 0
+        assert cell.train_people == cell.cell.size
+    assert result.plan.people == {
+        part: len([p for p in split.part_of.values() if p == part]) for part in split.counts()
+    }
+    for curve in result.targets:
+        assert curve.people == len(test)
+        assert [point.size for point in curve.points] == [10, 15] * 3
+    first, second = (set(_trained_on(store, result, Cell("transfer", size, 4))) for size in (10, 15))
+    assert (len(first), len(second)) == (10, 15)
+    assert first < second
+
+
+def _trained_on(store, result, cell):
+    from finetune.cohort import read_cohort
+
+    cohort = read_cohort(open_store(store), result.plan.settings_of(cell, result.run_dir))
+    return cohort.participants[cohort.part == "train"]
+
+
+def test_a_cell_is_the_run_that_finetune_makes_even_if_it_was_stopped(finished, store, tmp_path):
+    cell = Cell("transfer", 10, 4)
+    plan = read_plan(finished)
+    alone = finetune(store, tmp_path / "alone", plan.settings_of(cell, finished), report=False)
+    of_curve = read_cell(finished, cell)
+    for expected, found in zip(alone.test, of_curve.targets, strict=True):
+        assert found.name == expected.name
+        np.testing.assert_array_equal(found.rows, expected.out_of_fold.rows)
+        np.testing.assert_array_equal(found.predicted, expected.out_of_fold.predicted)
+        assert found.scores[found.metric] == expected.headline.score
+        point = next(curve for curve in read_curve(finished).targets if curve.name == found.name).point("transfer", 10)
+        assert point.estimate.score == pytest.approx(expected.headline.score)
+    assert of_curve.training["steps"] == alone.steps
+
+
+def test_a_probe_is_ridge_on_what_the_frozen_network_gives(finished, store, weights):
+    cell = Cell("probe", 15, 4)
+    encoder = build_encoder("resnet18", weights=str(weights), view=View.axial, slices=1, size=32, device="cpu")
+    embeddings = extract(store, encoder, backend="torch", threads=1)
+    volumes = open_store(store)
+    who = volumes.scans["participant"].to_numpy().astype(str)
+    people = _trained_on(store, read_curve(finished), cell)
+    train = np.isin(who, people)
+    age = volumes.phenotypes["age"].to_numpy()
+    fit = ridge(
+        embeddings.features[train].astype(np.float64),
+        age[train][:, None],
+        np.unique(who[train], return_inverse=True)[1],
+    )
+    found = next(target for target in read_cell(finished, cell).targets if target.name == "age")
+    expected = fit.decide(embeddings.features[found.rows].astype(np.float64))[:, 0]
+    np.testing.assert_allclose(found.predicted, expected, rtol=1e-6)
+
+
+def test_files_tell_the_curve_and_name_nobody_and_no_folder(finished, store):
+    result = read_curve(finished)
+    document = json.loads((finished / "curve.json").read_text())
+    assert document == json.loads(json.dumps(result.to_json()))
+    assert document["complete"]
+    assert document["targets"][0]["scores"][0]["by_seed"].keys() == {"4"}
+    assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
+    source = (finished / "curve.html").read_text()
+    page = Page(source)
+    assert not page.open
+    assert "SIMULATED DATA" in page.text
+    assert len(page.images) == 2
+    for expected in (
+        "Tested on",
+        "One seed:",
+        "Scratch goes without freeze_until layer4",
+        "frozen + probe",
+        "w.pth",
+        "6 of 6 cells",
+    ):
+        assert expected in page.text
+    assert str(store.parent) not in source
+    assert not any(who in source for who in open_store(store).scans["participant"])
+
+
+def test_what_is_done_is_not_done_again_and_a_larger_curve_takes_it_over(finished, store, settings):
+    told = []
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("cell.json")}
+    more = CURVE.model_copy(update={"seeds": (4, 5), "methods": ("probe",), "sizes": (10, 15, 30)})
+    result = run_curve(store, finished, settings.model_copy(update={"threads": 2}), more, on_progress=told.append)
+    assert result.ok
+    assert {str(one.cell) for one in told} == {
+        "probe, 10 people, seed 5", "probe, 15 people, seed 5", "probe, 30 people, seed 4", "probe, 30 people, seed 5",
+    }  # fmt: skip
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in finished.rglob("cell.json")}.items()
+    assert result.targets[0].point("probe", 10).seeds == (4, 5)
+    assert [cell.cell.method for cell in read_curve(finished).cells] == ["probe"] * 6  # what is asked for is shown
+
+
+@pytest.fixture(scope="module")
+def shared(store: Path, settings: FinetuneSettings, tmp_path_factory: pytest.TempPathFactory):
+    """Return a function that goes on with one curve of sex, whose trainings from scratch cannot go well."""
+    run_dir = tmp_path_factory.mktemp("shared") / "curve"
+    unstable = settings.model_copy(update={"target": ("sex",), "clip": None})
+
+    def go_on(on_progress=None, **chosen):
+        curve = CurveSettings(scratch_lr=1e30, draws=100, **chosen)
+        return run_curve(store, run_dir, unstable, curve, on_progress=on_progress)
+
+    return go_on
+
+
+def test_many_that_are_started_at_once_do_each_cell_once(shared):
+    done, results = [], []
+
+    def work():
+        chosen = {"sizes": (10, 20), "methods": ("probe",), "seeds": (0, 1, 2, 3), "wait": True}
+        results.append(shared(lambda told: told.result and done.append(str(told.cell)), **chosen))
+
+    others = [threading.Thread(target=work) for _ in range(2)]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    assert all(result.ok for result in results)
+    assert sorted(done) == sorted(str(cell) for cell in results[0].plan.cells())
+    assert json.loads((results[0].run_dir / "curve.json").read_text())["complete"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ingest.lock import store_lock
+with store_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_cells_of_another_process_are_left_to_it_and_taken_over_when_it_dies(shared):
+    chosen = {"sizes": (10, 20), "methods": ("probe",), "seeds": (6,)}
+    run_dir = shared(sizes=(10,), methods=("probe",), seeds=(0,)).run_dir
+    claimed = Cell("probe", 10, 6).folder(run_dir).with_name("seed6.claim")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(claimed)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        result = shared(**chosen)
+        assert (result.elsewhere, len(result.unfinished), result.ok) == (1, 1, False)
+        assert result.targets[0].point("probe", 20) is not None
+        assert "1 of 2 cells not done, 1 of them under way" in (run_dir / "curve.html").read_text()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert shared(**chosen).ok
+
+
+def test_a_cell_that_fails_is_a_row_with_the_reason_and_tried_again_only_if_asked_to(shared):
+    chosen = {"sizes": (10,), "methods": ("scratch", "probe"), "seeds": (9,)}
+    result = shared(**chosen)
+    assert not result.ok
+    assert result.complete
+    (failed,) = result.failed
+    assert str(failed.cell) == "scratch, 10 people, seed 9"
+    assert "learning rate" in failed.reason
+    assert result.targets[0].point("probe", 10) is not None
+    assert "Failed: scratch, 10 people, seed 9: " in Page((result.run_dir / "curve.html").read_text()).text
+    told = []
+    assert shared(told.append, **chosen).failed
+    assert not told
+    assert shared(told.append, retry_failed=True, **chosen).failed
+    assert {str(one.cell) for one in told} == {"scratch, 10 people, seed 9"}
+
+
+def test_another_curve_is_not_mixed_in(finished, store, settings, tmp_path):
+    with pytest.raises(
+        StoreError, match=r"was begun with lr 0\.001, not 0\.1; use the same settings, or another folder"
+    ):
+        run_curve(store, finished, settings.model_copy(update={"lr": 0.1}), CURVE)
+    with pytest.raises(StoreError, match=r"was begun with scratch_lr None, not 0\.1"):
+        run_curve(store, finished, settings, CURVE.model_copy(update={"scratch_lr": 0.1}))
+    with pytest.raises(StoreError, match="exists and is no curve"):
+        run_curve(store, store.parent, settings, CURVE)
+    with pytest.raises(ValueError, match="size 400 of the curve is more than the 30 people of the training part"):
+        run_curve(store, tmp_path / "c", settings, CURVE.model_copy(update={"sizes": (10, 400)}))
+    with pytest.raises(ValueError, match="train_people is 10: a curve has sizes"):
+        run_curve(store, tmp_path / "c", settings.model_copy(update={"train_people": 10}), CURVE)
+    with pytest.raises(FileNotFoundError, match="no curve at"):
+        read_curve(tmp_path / "nothing")
+
+
+def test_a_claim_is_given_up_at_the_end_of_its_block(tmp_path):
+    cell = Cell("transfer", 10, 0)
+    with claim(tmp_path, cell) as first, claim(tmp_path, cell) as second:
+        assert (first, second) == (True, False)
+    with claim(tmp_path, cell) as again:
+        assert again
