@@ -244,17 +244,19 @@ def _turn(training: Training, measured: Measured) -> list[float]:
     """Train for a turn, and return the losses of its steps."""
     training.step = 0
     ends: list[float] = []
-    done: list[StepDone] = []
+    waits: list[float] = []  # so far
+    losses: list[float] = []
 
     def after_step(step: StepDone) -> None:
         ends.append(time.perf_counter())
-        done.append(step)
+        waits.append(training.starved)
+        losses.append(step.loss)
 
     train_epoch(training, after_step)
     seconds = ends[-1] - ends[0]
     measured.speeds.append(training.steps.batch * (len(ends) - 1) / seconds)
-    measured.starved.append(sum(step.starved for step in done[1:]) / seconds)
-    return [step.loss for step in done]
+    measured.starved.append((waits[-1] - waits[0]) / seconds)
+    return losses
 
 
 def _first_batches(loader: Loader) -> list[Batch]:

@@ -83,9 +83,7 @@ class TransferPlan:
     curves
         Where they go.
     common
-        Settings of the trainings of all curves, see `finetune.FinetuneSettings`.
-    scratch_lr
-        Learning rate from random weights.
+        Settings of the trainings of all curves, see `finetune.FinetuneSettings`; the same from any weights.
     seeds
         Repeats: training people and random numbers anew.
     """
@@ -93,7 +91,6 @@ class TransferPlan:
     pretraining: Pretraining
     curves: tuple[CurvePlan, ...]
     common: Mapping[str, Any]
-    scratch_lr: float
     seeds: int = 5
 
 
@@ -114,10 +111,9 @@ PLAN = TransferPlan(
         CurvePlan(REAL, 32, None, (4, 8, 12, 16), {"target": ("gender",), "test": 0.5}),
     ),
     common={
-        **_SEEN, "validation": 0.0, "batch_size": 12, "epochs": 1, "min_steps": 60, "lr": 3e-4, "weight_decay": 0.05,
+        **_SEEN, "validation": 0.0, "batch_size": 12, "epochs": 1, "min_steps": 50, "lr": 1e-3, "weight_decay": 0.05,
         "bootstrap": 0,
     },
-    scratch_lr=1e-3,
 )  # fmt: skip
 
 
@@ -195,7 +191,7 @@ def make_curves(
     curves: list[tuple[str, CurveResult]] = []
     for curve in plan.curves:
         settings = make_settings({**plan.common, **curve.settings, "weights": str(pretrained.run_dir)})
-        of_curve = CurveSettings(sizes=curve.sizes, seeds=tuple(range(plan.seeds)), scratch_lr=plan.scratch_lr)
+        of_curve = CurveSettings(sizes=curve.sizes, seeds=tuple(range(plan.seeds)))
         where, on_progress = folder / curve.name.replace(" ", "-"), _teller(curve, tell)
         result = run_curve(stores[curve.name].path, where, settings, of_curve, on_progress=on_progress)
         curves.append((curve.name, result))

@@ -94,7 +94,10 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            torch.save(dict(content), file)
+            try:
+                torch.save(dict(content), file)
+            except RuntimeError as error:  # of its writer, which cannot end a file that was broken off
+                raise error.__context__ or error from None
             file.flush()
             os.fsync(file.fileno())  # or a power failure could leave the name without the bytes
 

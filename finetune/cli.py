@@ -20,6 +20,7 @@ from extract.errors import WeightsUnavailableError
 from finetune.curves.cli import curve_command
 from finetune.errors import NonFiniteLossError
 from finetune.export import export_run
+from finetune.folder import FREE
 from finetune.options import Config, settings_from, with_settings
 from finetune.predict import predict_to
 from finetune.printing import print_predicted, print_result
@@ -65,7 +66,8 @@ def run_command(
     **flags: Any,
 ) -> None:
     """Train, choose the best epoch by validation, and score it on people who were held back (the default command)."""
-    if config is None and (run_dir / SETTINGS).is_file() and not any(flags.values()):
+    given = {name for name, value in flags.items() if value is not None and value != []}
+    if config is None and (run_dir / SETTINGS).is_file() and given <= set(FREE):
         config = run_dir / SETTINGS  # to go on, it is enough to name the run
     settings = settings_from(config, flags)
     logging.getLogger("loaders").addFilter(_is_no_skipped_scan)
@@ -79,7 +81,7 @@ def run_command(
         if group.rank:
             return
     print_result(result, console, errors, as_json=as_json)
-    if result.skipped or any(one.status != "ok" for one in result.test):
+    if result.skipped or (result.scans["test"] and any(one.status != "ok" for one in result.test)):
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from extract.embeddings import Embeddings
 from extract.probing.folds import class_strata, value_strata
-from extract.probing.groups import read_groups
+from extract.probing.groups import Groups, read_groups
 from extract.probing.targets import Target, read_targets, target_names
 from extract.run import scans_table
 from finetune.heads import Head, make_head
@@ -108,6 +109,8 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
         )  # fmt: skip
     warnings = []
     part = np.array([split.part_of.get(who, "") for who in participants], dtype=object)
+    if split_file is not None:
+        _check_whole(groups, part, split_file)
     strangers = len(np.unique(participants[part == ""]))
     if strangers:
         warnings.append(f"{strangers} people are in no part of the split, and left out")
@@ -155,6 +158,16 @@ def strata_of_units(target: Target, units: np.ndarray) -> np.ndarray:
     values = target.values[present]
     strata[there] = class_strata(values.astype(np.int64), numbers) if target.labels else value_strata(values, numbers)
     return strata - strata.min()
+
+
+def _check_whole(groups: Groups, part: np.ndarray, split_file: Path) -> None:
+    """Raise ValueError if a split that was not made for some groups splits them."""
+    parts = Counter(group for group, name in set(zip(groups.together.tolist(), part.tolist(), strict=True)) if name)
+    split = sum(number > 1 for number in parts.values())
+    if split:
+        raise ValueError(
+            f"{split} of the {groups.note} are in several parts of {split_file}; use a split of a run with these groups"
+        )
 
 
 def _of_scans(target: Target, chosen: np.ndarray) -> Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     own = [part for part in signature.parameters.values() if part.kind is not part.VAR_KEYWORD]
     flags = [_flag(name) for name in FinetuneSettings.model_fields]
-    wrapper = types.FunctionType(  # a copy: the signature is seen by typer alone
-        command.__code__, command.__globals__, command.__name__, command.__defaults__, command.__closure__
-    )
-    wrapper.__kwdefaults__, wrapper.__doc__ = command.__kwdefaults__, command.__doc__
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        command(**given)
+
     wrapper.__annotations__ = {part.name: part.annotation for part in [*own, *flags]}
     wrapper.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
     return wrapper

@@ -257,9 +257,7 @@ def _is_over(training: Training) -> bool:
     return training.settings.patience is not None and training.waited >= training.settings.patience
 
 
-def _end_epoch(
-    training: Training, validation: Loader | None, statistics: Loader | None, log: Log
-) -> dict[str, float]:
+def _end_epoch(training: Training, validation: Loader | None, statistics: Loader | None, log: Log) -> dict[str, float]:
     """Validate if it is time, note how the epoch went, and keep the weights if they are the best."""
     group, steps = training.group, training.steps
     seconds, seen = max(training.elapsed, 1e-9), training.seen
@@ -307,9 +305,6 @@ def _keep_best(training: Training, row: dict[str, float]) -> None:
 
 def _predict_part(training: Training, loader: Loader | None) -> Outputs:
     """Return what the network gives for the scans of a part, of all processes, in the order of their rows."""
-    if training.group.size > 1:
-        for statistic in training.network.buffers():  # of batch norms: those of process 0, which are saved
-            torch.distributed.broadcast(statistic, 0)
     if loader is None:
         width = sum(head.outputs for head in training.network.heads_info)
         own = Outputs(np.empty(0, np.int64), np.empty((0, width), np.float32))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +26,6 @@ class Split:
     """
 
     part_of: dict[str, str]
-
-    def mask(self, participants: np.ndarray, part: str) -> np.ndarray:
-        """Tell which scans are of people of a part: participants (scan,) of text -> bool (scan,)."""
-        return np.array([self.part_of.get(str(who)) == part for who in participants], dtype=bool)
-
-    def counts(self) -> dict[str, int]:
-        """Return how many people are in each part."""
-        found = Counter(self.part_of.values())
-        return {part: found[part] for part in PARTS}
 
 
 def split_people(

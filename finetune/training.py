@@ -132,12 +132,10 @@ class Training:
 
 @dataclass(frozen=True)
 class StepDone:
-    """What a step was like: its number, its loss (of many processes about), its seconds, and those without scans."""
+    """What a step was like: its number, and its loss (of many processes about)."""
 
     step: int
     loss: float
-    seconds: float
-    starved: float
 
 
 def train_epoch(training: Training, after_step: Callable[[StepDone], None]) -> None:
@@ -160,6 +158,7 @@ def train_epoch(training: Training, after_step: Callable[[StepDone], None]) -> N
     batches = iter(training.loader)
     training.wrapped.train()
     before: _Pending | None = None
+    begun = time.perf_counter()
     try:
         for number in range(first, steps.per_epoch):
             rows = order[number * steps.batch : (number + 1) * steps.batch]
@@ -167,9 +166,13 @@ def train_epoch(training: Training, after_step: Callable[[StepDone], None]) -> N
             training.step += 1
             due = training.step % training.settings.checkpoint_every == 0  # what is kept must have been checked
             late = training.device.type == "cuda" and number + 1 < steps.per_epoch and not due
-            for one in (before, None if late else pending):
-                if one is not None:
-                    _settle(training, one, after_step)
+            settled = [one for one in (before, None if late else pending) if one is not None]
+            for one in settled:
+                _check(training, one)  # a GPU is waited for, which is a part of its time
+            begun, before_that = time.perf_counter(), begun
+            training.elapsed += begun - before_that
+            for one in settled:
+                after_step(StepDone(one.step, float(one.loss) * training.group.size))
             before = pending if late else None
     finally:
         batches.close()  # type: ignore[attr-defined]
@@ -185,8 +188,6 @@ class _Pending:
     norm: torch.Tensor
     by_target: torch.Tensor
     rows: np.ndarray
-    seconds: float
-    starved: float
 
 
 def _order(training: Training) -> np.ndarray:
@@ -206,8 +207,6 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
         Of the step, of all processes: what their losses are divided by is known before any is computed, so that the
         sum of the gradients over batches and processes is that of one large batch.
     """
-    begun = time.perf_counter()
-    starved = 0.0
     settings, group, device = training.settings, training.group, training.device
     torch.manual_seed(_seed_of(settings.seed, training.step, group.rank))
     counts = training.cohort.weights[rows].sum(axis=0)
@@ -216,7 +215,7 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
     for number in range(training.steps.accumulate):
         asked = time.perf_counter()
         batch = next(batches)
-        starved += time.perf_counter() - asked
+        training.starved += time.perf_counter() - asked
         last = number + 1 == training.steps.accumulate
         with _without_exchange(training.wrapped, last):
             total += _backward(training, batch, divisors)
@@ -230,10 +229,7 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         training.schedule.step()
     training.seen += len(rows)
-    training.starved += starved
-    seconds = time.perf_counter() - begun
-    training.elapsed += seconds
-    return _Pending(training.step + 1, total.sum(), norm, total, rows, seconds, starved)
+    return _Pending(training.step + 1, total.sum(), norm, total, rows)
 
 
 def _backward(training: Training, batch: Batch, divisors: torch.Tensor) -> torch.Tensor:
@@ -256,7 +252,7 @@ def _without_exchange(wrapped: nn.Module, last: bool) -> contextlib.AbstractCont
     return wrapped.no_sync()
 
 
-def _settle(training: Training, done: _Pending, after_step: Callable[[StepDone], None]) -> None:
+def _check(training: Training, done: _Pending) -> None:
     """Check what came of a step, and count it."""
     loss, norm = float(done.loss), float(done.norm)
     scaled = training.scaler.is_enabled()
@@ -265,7 +261,6 @@ def _settle(training: Training, done: _Pending, after_step: Callable[[StepDone],
         by_target = dict(zip((head.name for head in training.network.heads_info), done.by_target.tolist(), strict=True))
         raise not_finite(training, done.step, loss, norm, by_target, done.rows)
     training.loss_sum += loss
-    after_step(StepDone(done.step, loss * training.group.size, done.seconds, done.starved))
 
 
 def not_finite(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from extract.checkpoints import BEST
 from finetune import cli
 from finetune.checkpoints import LAST, load_run
 from finetune.results import EPOCHS, PREDICTIONS, SPLIT, RunResult, read_result
-from finetune.run import finetune
+from finetune.run import Progress, finetune
 from finetune.settings import FinetuneSettings, make_settings, read_settings
 from ingest.grid import Grid
 from ingest.scan import ScanRow
@@ -103,8 +103,10 @@ class Server(extracting.Server):
 
 
 class ThinBlock(BasicBlock):
-    """A block of a ResNet whose convolutions leave channels apart: with it a resnet18 has 0.2 instead of 11 million
-    numbers, which are written and read in no time."""
+    """A block of a ResNet whose convolutions leave channels apart.
+
+    With it a resnet18 has 0.2 instead of 11 million numbers, which are trained, written and read in no time.
+    """
 
     def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: Any = None, *_: Any, **__: Any) -> None:
         nn.Module.__init__(self)
@@ -138,6 +140,29 @@ def call_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def run_tiny(store: Path, run_dir: Path, **changes: Any) -> RunResult:
     """Run with a few settings changed, without a report."""
     return finetune(str(store), run_dir, tiny_settings(**changes), report=False)
+
+
+def stop_after(step: int) -> Callable[[Progress], None]:
+    """Return what interrupts a run after a step."""
+
+    def stop(progress: Progress) -> None:
+        if progress.step >= step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def stopped_gradients(store: Path, run_dir: Path, settings: FinetuneSettings, step: int) -> list[torch.Tensor]:
+    """Interrupt a run after a step; return `gradients_of` it."""
+    with pytest.raises(KeyboardInterrupt):
+        finetune(str(store), run_dir, settings, report=False, on_progress=stop_after(step))
+    return gradients_of(run_dir)
+
+
+def gradients_of(run_dir: Path) -> list[torch.Tensor]:
+    """Return the averages of gradients in the last checkpoint: weights hardly tell how large they were."""
+    content = torch.load(run_dir / LAST, weights_only=True)
+    return [state["exp_avg"] for state in content["training"]["optimiser"]["state"].values()]
 
 
 @contextmanager

@@ -152,7 +152,6 @@ def small_transfer() -> transfer.TransferPlan:
         cohort.Pretraining(40, 1, "bids", {**SMALL, "target": ("age",), "epochs": 1, "bootstrap": 0}),
         (transfer.CurvePlan("another cohort", 40, 2, (6, 12), {"target": ("sex",), "test": 0.4}),),
         {**SMALL, "validation": 0.0, "epochs": 1, "min_steps": 2, "bootstrap": 0},
-        scratch_lr=1e-3,
         seeds=2,
     )
 

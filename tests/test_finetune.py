@@ -19,8 +19,11 @@ from finetuning import (
     TINY,
     assert_same_run,
     call_command,
+    gradients_of,
     make_brains,
     run_tiny,
+    stop_after,
+    stopped_gradients,
     thin,
     thin_networks,  # noqa: F401
     tiny_settings,
@@ -30,6 +33,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from extract.errors import WeightsUnavailableError
 from extract.models import parameter_shapes
 from extract.probing.results import TargetResult
+from finetune.build import build_network, find_weights
 from finetune.checkpoints import BEST, LAST, load_run
 from finetune.cohort import read_cohort
 from finetune.errors import NonFiniteLossError
@@ -37,11 +41,14 @@ from finetune.evaluate import predict_rows, score_head
 from finetune.results import RunResult, read_result
 from finetune.run import finetune
 from finetune.settings import make_settings, read_settings
+from finetune.split import PARTS
 from ingest.errors import StoreBusyError, StoreError
 from ingest.lock import store_lock
 from ingest.shard import shard_path
-from ingest.store import open_store
+from ingest.store import open_store, write_phenotypes
+from loaders import open_loader
 from loaders.errors import ShardError
+from loaders.order import epoch_order
 
 ALL = "sex,age,site,education,drinks,coin"
 MISSING = {"age": [1, 5, 40], "site": range(6, PEOPLE, 5), "sex": [2]}
@@ -62,12 +69,13 @@ def store(table) -> Path:
 
 
 @pytest.fixture
-def damaged(tmp_path) -> Callable[[int], Path]:
-    """Make a store of which one scan is damaged."""
+def damaged(tmp_path) -> Callable[..., Path]:
+    """Make a store of which some scans are damaged."""
 
     def make(*rows: int) -> Path:
         path = tmp_path / "damaged.zarr"
-        make_brains(path)
+        if not path.exists():
+            make_brains(path)
         for row in rows:
             shard_path(path, row).write_bytes(b"damaged")
         return path
@@ -211,15 +219,20 @@ def test_score_tells_the_best_epoch_if_it_is_asked(store, tmp_path):
 
 
 def test_it_stops_when_nothing_gets_better(store, tmp_path):
-    result = run_tiny(store, tmp_path / "r", target="coin", epochs=40, patience=2, lr=1e-2)
+    result = run_tiny(store, tmp_path / "r", target="coin", epochs=40, patience=2, lr=3e-2)
     assert result.stopped == "early"
     losses = [row["validation_loss"] for row in result.history]
     assert result.best_epoch == 1 + int(np.argmin(losses))
     assert result.epochs == len(losses) == result.best_epoch + 2 < 40
 
 
-def test_without_parts_to_validate_and_test_the_last_weights_are_kept(store, tmp_path):
+def test_without_parts_to_validate_and_test_the_last_weights_are_kept(store, tmp_path, monkeypatch, capsys):
     result = run_tiny(store, tmp_path / "r", validation=0, test=0)
+    monkeypatch.setattr("finetune.run._write_report", lambda *_: None)
+    assert call_command(monkeypatch, store, tmp_path / "r", "--threads", 2) == 0, "nothing else was asked for"
+    assert "0 for test" in capsys.readouterr().out
+    assert call_command(monkeypatch, store, tmp_path / "r", "--threads", 2, "--epochs", 3) == 1
+    assert "r was begun with target ('sex',), not ()" in capsys.readouterr().err
     assert (result.best_epoch, result.people) == (2, {"train": PEOPLE, "validation": 0, "test": 0})
     assert [one.status for one in result.test + result.validation] == ["skipped"] * 2
     assert all("validation_loss" not in row for row in result.history)
@@ -239,15 +252,61 @@ def test_some_scans_and_some_people(store, tmp_path, table):
     assert old[seen].all()
 
 
+#: What does not depend on how batches are cut.
+SAME = {"target": "sex,age", "batch_norm": "frozen", "dropout": 0, "class_weights": "balanced", "lr": 1e-3}
+
+
+def test_a_step_is_that_of_plain_torch(store, tmp_path, table):
+    """All scans at once, the loss written out, an optimiser of torch."""
+    settings = tiny_settings(
+        **SAME, augmentation="none", clip=0.3, weight_decay=0.1, layer_decay=0.5, head_lr=2e-3, warmup=0
+    )
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            str(store), tmp_path / "r", settings.model_copy(update={"checkpoint_every": 1}),
+            report=False, on_progress=stop_after(2),
+        )  # fmt: skip
+    volumes = open_store(store)
+    cohort = read_cohort(volumes, settings)
+    train = cohort.rows_of("train")
+    rows = epoch_order(train, shuffle=True, seed=0, epoch=0)[:8]
+    network = build_network(settings, cohort.heads, find_weights(settings)).eval()
+    with open_loader(volumes, rows=rows, batch_size=8) as loader:
+        images = next(iter(loader)).images
+    outputs = network(images)
+    sex, age = (torch.tensor(table[name].to_numpy()[rows]) for name in ("sex", "age"))
+    males, ages = table["sex"][train].mean(), table["age"][train]
+    count = torch.where(sex == 1, 0.5 / males, 0.5 / (1 - males))[~sex.isnan()]
+    chances = torch.sigmoid(outputs[:, 0])[~sex.isnan()]
+    entropy = -torch.where(sex[~sex.isnan()] == 1, chances.log(), (1 - chances).log())
+    standard = (age - ages.mean()) / ages.std(ddof=0)
+    squares = (outputs[:, 1] - standard)[~age.isnan()] ** 2
+    assert 0 < age.isnan().sum() < 8, "some labels are missing"
+    (0.5 * (entropy * count).sum() / count.sum() + 0.5 * squares.mean()).backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 0.3)
+    depths = {"conv1": 4, "bn1": 4, "layer1": 3, "layer2": 2, "layer3": 1, "layer4": 0}
+    for name, parameter in network.named_parameters():
+        rate = 1e-3 * 0.5 ** depths[name.split(".")[1]] if name.startswith("encoder") else 2e-3
+        decay = 0.1 if parameter.ndim > 1 else 0
+        torch.optim.AdamW([parameter], lr=rate, weight_decay=decay).step()
+    found = torch.load(tmp_path / "r" / LAST, weights_only=True)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-4, atol=1e-6)
+    gradients = [parameter.grad for parameter in network.parameters()]
+    total = sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
+    kept = sum(float((average / 0.1).square().sum()) for average in gradients_of(tmp_path / "r")) ** 0.5
+    assert total == pytest.approx(kept, rel=1e-3)
+
+
 def test_accumulating_gradients_is_one_large_batch(store, tmp_path):
-    common = {"target": "sex,age", "batch_norm": "frozen", "dropout": 0, "class_weights": "balanced", "lr": 1e-3}
-    run_tiny(store, tmp_path / "one", **common, micro_batch=8)
-    run_tiny(store, tmp_path / "many", **common, micro_batch=2)
+    run_tiny(store, tmp_path / "one", **SAME, micro_batch=8)
+    run_tiny(store, tmp_path / "many", **SAME, micro_batch=2)
     assert_same_run(tmp_path / "many", tmp_path / "one", tolerance=1e-5)
-    few = {**common, "batch_size": 32, "train_people": 17, "epochs": 3}
-    run_tiny(store, tmp_path / "whole", **few, micro_batch=32)
-    run_tiny(store, tmp_path / "parts", **few, micro_batch=4)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole", tolerance=1e-5)
+    few = {**SAME, "batch_size": 32, "train_people": 17, "checkpoint_every": 1, "clip": None}
+    whole = stopped_gradients(store, tmp_path / "whole", tiny_settings(**few, micro_batch=32), step=2)
+    parts = stopped_gradients(store, tmp_path / "parts", tiny_settings(**few, micro_batch=4), step=2)
+    for gradient, same in zip(parts, whole, strict=True):
+        torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-6)
 
 
 def test_checkpointing_gives_the_same_run(store, tmp_path):
@@ -265,8 +324,8 @@ def test_bfloat16_runs_on_a_cpu(store, tmp_path):
 
 def test_volumes_are_learnt_by_a_3d_network(store, tmp_path):
     result = run_tiny(
-        store, tmp_path / "r", model="r3d_18", view=None, epochs=6, lr=1e-2, augmentation="none", test=0.4, validation=0,
-        batch_size=4, dropout=0,
+        store, tmp_path / "r", model="r3d_18", view=None, epochs=3, lr=1e-2, augmentation="none", test=0.4,
+        validation=0, batch_size=4, dropout=0,
     )  # fmt: skip
     assert result.test[0].headline.score == 1
     run = load_run(tmp_path / "r")
@@ -290,25 +349,25 @@ def test_weights_of_a_run_are_where_another_one_begins(store, tmp_path):
     assert first.attrs["weights"]["name"] == "scratch"
 
 
-@pytest.mark.parametrize("part", ["train", "validation", "test"])
-def test_a_damaged_scan_is_left_out_and_told(damaged, tmp_path, monkeypatch, capsys, part):
-    store = damaged()
-    split = read_cohort(open_store(store), tiny_settings()).split
-    row = next(row for row in range(SCANS) if split.part_of[f"p{row:02}"] == part)
-    shard_path(store, row).write_bytes(b"damaged")
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name != "tensorboard"]
+def test_damaged_scans_are_left_out_and_told(damaged, tmp_path, monkeypatch, capsys):
+    part_of = read_cohort(open_store(damaged()), tiny_settings()).split.part_of
+    rows = [next(row for row in range(SCANS) if part_of[f"p{row:02}"] == part) for part in PARTS]
+    store = damaged(*rows)
+    given = {**TINY, "epochs": 1}
+    del given["tensorboard"]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     arguments = [store, tmp_path / "r", *flags, "--no-tensorboard", "--json"]
     monkeypatch.setattr("finetune.run._write_report", lambda *_: None)
     assert call_command(monkeypatch, *arguments) == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["skipped"].keys() == {str(row)}
-    assert shown.err.count("skipped: ") == 1
-    assert f"skipped: row {row}" in shown.err
-    assert f"{row}.nii.gz" in shown.err
+    assert json.loads(shown.out)["skipped"].keys() == set(map(str, rows))
+    assert shown.err.count("skipped: ") == 3
+    for row in rows:
+        assert f"skipped: row {row}: row {row} ({row}.nii.gz)" in shown.err
     predictions = pd.read_parquet(tmp_path / "r" / "predictions.parquet")
-    assert row not in predictions["row"].tolist()
+    assert not set(rows) & set(predictions["row"])
     assert call_command(monkeypatch, *arguments) == 1, "so it is told when it is asked for again"
-    assert f"skipped: row {row}" in capsys.readouterr().err
+    assert capsys.readouterr().err == shown.err
 
 
 def test_a_damaged_scan_is_an_error_if_asked(damaged, tmp_path):
@@ -345,7 +404,7 @@ def test_a_loss_that_is_not_finite_is_explained_and_the_last_good_checkpoint_kep
 @pytest.mark.parametrize("validation", [0.15, 0])
 def test_predictions_that_are_not_finite_are_no_scores(store, tmp_path, validation):
     """The last step may be the one that ruins it."""
-    with pytest.raises(NonFiniteLossError, match="step 1: .*a lower --lr"):
+    with pytest.raises(NonFiniteLossError, match=r"step 1: .*a lower --lr"):
         run_tiny(
             store, tmp_path / "r", lr=1e30, warmup=0, epochs=1, batch_size=32, micro_batch=8, validation=validation,
             augmentation="none",
@@ -415,16 +474,9 @@ def logged(folder: Path, tag: str) -> list[tuple[int, float]]:
 def test_tensorboard_has_each_step_once_also_of_a_run_that_was_interrupted(store, tmp_path):
     settings = tiny_settings(tensorboard=True, checkpoint_every=4)
 
-    def stop_at(last: int) -> Callable:
-        def stop(progress) -> None:
-            if progress.step >= last:
-                raise KeyboardInterrupt
-
-        return stop
-
     for last in (2, 5):  # before there is a checkpoint, and after the first one
         with pytest.raises(KeyboardInterrupt):
-            finetune(str(store), tmp_path / "r", settings, report=False, on_progress=stop_at(last))
+            finetune(str(store), tmp_path / "r", settings, report=False, on_progress=stop_after(last))
     result = finetune(str(store), tmp_path / "r", settings, report=False)
     losses = logged(tmp_path / "r", "train/loss")
     assert [step for step, _ in losses] == list(range(1, result.steps + 1))
@@ -437,26 +489,9 @@ def test_tensorboard_has_each_step_once_also_of_a_run_that_was_interrupted(store
 def test_phenotypes_that_have_changed_are_found_out(tmp_path):
     make_brains(tmp_path / "s.zarr")
     settings = tiny_settings(target="age", checkpoint_every=1)
-
-    def stop(_) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False, on_progress=_after_first(stop))
-    from ingest.store import write_phenotypes
-
+        finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False, on_progress=stop_after(2))
     table = open_store(tmp_path / "s.zarr")
     write_phenotypes(tmp_path / "s.zarr", table.phenotypes.assign(age=table.phenotypes["age"] * 2), table.variables)
-    with pytest.raises(StoreError, match="r was begun with other values of age.*--overwrite"):
+    with pytest.raises(StoreError, match=r"r was begun with other values of age.*--overwrite"):
         finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False)
-
-
-def _after_first(stop: Callable) -> Callable:
-    seen: list = []
-
-    def tell(progress) -> None:
-        seen.append(progress)
-        if len(seen) > 1:
-            stop(progress)
-
-    return tell

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +121,7 @@ def test_all_methods_and_sizes_are_tested_on_the_same_people_and_trained_on_nest
             assert set(who[target.rows]) == test
             assert len(target.rows) > 0
         assert cell.train_people == cell.cell.size
-    assert result.plan.people == {
-        part: len([p for p in split.part_of.values() if p == part]) for part in split.counts()
-    }
+    assert result.plan.people == Counter(split.part_of.values())
     for curve in result.targets:
         assert curve.people == len(test)
         assert [point.size for point in curve.points] == [10, 15] * 3

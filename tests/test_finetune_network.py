@@ -1,4 +1,4 @@
-"""What is trained: heads and losses against slow references, stages that stay, rates, schedule, checkpointing, views."""
+"""What is trained: heads and losses against slow references, stages that stay, rates, checkpointing, views, steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from extract.probing.targets import Target
 from extract.weights import Weights
 from finetune.build import build_network, check_volumes
 from finetune.heads import Head, make_head
-from finetune.losses import class_weights, loss_sums, scan_losses, scan_weights
+from finetune.losses import class_weights, loss_sums, scan_weights
 from finetune.network import GatedAttention, ScanNetwork, check_model, stage_names
 from finetune.optimiser import make_optimiser, make_schedule, trained_parameters
 from finetune.settings import FinetuneSettings
@@ -451,9 +451,3 @@ def test_processes_that_cannot_share_a_batch_are_told():
         ValueError, match="batch_size is 8, which 3 processes cannot share evenly; expected a multiple of 3"
     ):
         plan_steps(100, tiny_settings(batch_size=8), 8, 3)
-
-
-def test_losses_of_one_output_each():
-    for head in HEADS:
-        outputs = torch.randn(5, head.outputs)
-        assert scan_losses(outputs, head, torch.ones(5)).shape == (5,)

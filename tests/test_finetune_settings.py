@@ -104,7 +104,7 @@ def test_flags_come_before_the_file(tmp_path):
     ],
 )
 def test_what_is_wrong_is_named(wrong, message):
-    with pytest.raises(ValueError, match="^here: ") as error:
+    with pytest.raises(ValueError, match=r"^here: ") as error:
         make_settings(wrong, "here")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_named(wrong, message):
 def test_an_unknown_part_of_augmentation_names_the_nearest():
     with pytest.raises(ValueError, match=r"augmentation 'rotation' is unknown; did you mean rotation_deg\?"):
         make_augmentation(make_settings({"augmentation": {"rotation": 3}}))
-    with pytest.raises(ValueError, match="noise is -1.0, expected 0 <= noise"):
+    with pytest.raises(ValueError, match=r"noise is -1\.0, expected 0 <= noise"):
         make_augmentation(make_settings({"augmentation": {"noise": -1}}))
     assert make_augmentation(make_settings({"augmentation": "none"})) is None
 

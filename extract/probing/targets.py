@@ -98,7 +98,7 @@ def column_of(embeddings: Embeddings, name: str, beside: Sequence[str] = ()) -> 
     same = [c for c in columns if variable is not None and BY_NAME.get(c.lower()) is variable]
     if len(same) != 1:
         there = ", ".join([*columns, *beside])
-        raise ValueError(f"no phenotype {name!r} in the embeddings; there are: {there or 'none'}")
+        raise ValueError(f"no phenotype {name!r}; there are: {there or 'none'}")
     return same[0]
 
 

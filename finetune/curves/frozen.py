@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from extract import Embeddings, build_encoder, open_embeddings
+from extract.encoder import InputWarning
 from extract.models import family_of
 from extract.probing.cross_validation import penalty_folds
 from extract.probing.groups import Groups, read_groups
@@ -47,19 +49,21 @@ def embed_once(
     path = run_dir / EMBEDDINGS
     if not path.exists():  # it appears whole
         solid = family_of(settings.model).axes == 3
-        encoder = build_encoder(
-            settings.model,
-            weights="random" if settings.weights == "scratch" else settings.weights,
-            weights_dir=settings.weights_dir,
-            view=View.volume if solid else View(settings.view or "triplanar"),  # or it would be that of the weights
-            slices=settings.slices,
-            crop=settings.crop or store.grid.shape_zyx,  # ... and so would none be
-            size=settings.size,
-            scale=settings.scale,
-            seed=settings.seed,
-            device=settings.device,
-            precision=settings.precision,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputWarning)  # it is to see what the fine-tuned ones see
+            encoder = build_encoder(
+                settings.model,
+                weights="random" if settings.weights == "scratch" else settings.weights,
+                weights_dir=settings.weights_dir,
+                view=View.volume if solid else View(settings.view or "triplanar"),  # or it would be that of the weights
+                slices=settings.slices,
+                crop=settings.crop or store.grid.shape_zyx,  # ... and so would none be
+                size=settings.size,
+                scale=settings.scale,
+                seed=settings.seed,
+                device=settings.device,
+                precision=settings.precision,
+            )
         extract_to(path, store.path, encoder, backend=settings.backend, threads=settings.threads, on_batch=on_batch)
     return open_embeddings(path)
 
