@@ -1,9 +1,10 @@
-"""The processes that ``torchrun`` starts, which share one extraction."""
+"""The processes that ``torchrun`` starts, which share one extraction, or one training."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,9 @@ from ingest.errors import StoreError
 #: A process that died is found out at once: its connections are closed, and torchrun ends the others. This is for those
 #: that only take longer than others.
 _PATIENCE = timedelta(days=7)
+
+#: What gloo and nccl say of it.
+_CLOSED = re.compile("connection (closed|reset)|gloo|nccl|broken pipe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Group:
         if self.size == 1:
             return what
         given = [what]
-        with _named_death():
+        with named_death():
             torch.distributed.broadcast_object_list(given, src=0)
         return given[0]
 
@@ -82,7 +86,7 @@ class Group:
         if self.size == 1:
             return [what]
         given = [None] * self.size if self.rank == 0 else None
-        with _named_death():
+        with named_death():
             torch.distributed.gather_object(what, given, dst=0)
         return given or []
 
@@ -110,10 +114,13 @@ def join_group() -> Iterator[Group]:
 
 
 @contextlib.contextmanager
-def _named_death() -> Iterator[None]:
+def named_death() -> Iterator[None]:
+    """Say what it means that a connection to another process was closed."""
     try:
         yield
-    except RuntimeError as error:  # of gloo: connection closed
+    except RuntimeError as error:
+        if not _CLOSED.search(str(error)):
+            raise
         raise StoreError(
             f"another process of this run has ended ({str(error).splitlines()[0][:200]}); see what it said, and run "
             "the same command again: it goes on with what is finished"

@@ -115,6 +115,10 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
     if strangers:
         warnings.append(f"{strangers} people are in no part of the split, and left out")
     train = part == "train"
+    if settings.patience is not None and not (part == "validation").any():
+        raise ValueError(
+            f"patience is {settings.patience}, but nobody is in the validation part: nothing tells when to stop"
+        )
     if not train.any():
         raise ValueError("nobody is in the training part; use more people, or another split")
     if settings.train_people is not None:

@@ -72,10 +72,9 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         """Return the result as printed by ``--json``; numbers that do not exist are None."""
         return {
-            **{key: value for key, value in vars(self).items() if key not in ("run_dir", "history")},
+            **{key: value for key, value in vars(self).items() if key not in ("run_dir", "history", "test")},
             "run_dir": str(self.run_dir),
             "targets": [result.to_json() for result in self.test],
-            "test": [result.to_json() for result in self.test],
             "validation": [result.to_json() for result in self.validation],
             "skipped": {str(row): reason for row, reason in self.skipped.items()},
         }

@@ -10,20 +10,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from extract.distributed import Group
-from extract.probing.results import TargetResult
+from extract.distributed import Group, named_death
 from extract.weights import Weights, about_store
 from finetune.batch_norm import choose_scans, update_statistics
 from finetune.build import build_network, build_training, check_volumes, find_weights, open_part, open_scans
 from finetune.checkpoints import BEST, LAST, checkpoint_of, load_run, read_training, write_checkpoint
 from finetune.cohort import read_cohort
-from finetune.evaluate import Outputs, predict, score_head
+from finetune.evaluate import Outputs
 from finetune.folder import FREE as FREE
 from finetune.folder import begin_folder, check_folder, existing, leave_weights, remove_half_written
 from finetune.logs import TENSORBOARD, Log, tensorboard, write_epochs
-from finetune.losses import loss_sums
 from finetune.predictions import TRUE, prediction_table, write_table
 from finetune.results import (
     EPOCHS,
@@ -36,7 +33,8 @@ from finetune.results import (
     write_result,
 )
 from finetune.settings import FinetuneSettings
-from finetune.training import StepDone, Training, not_finite, train_epoch
+from finetune.training import StepDone, Training, train_epoch
+from finetune.validation import keep_best, predict_part, score_part, validate
 from ingest.errors import StoreError
 from ingest.lock import store_lock
 from ingest.places import Place
@@ -242,7 +240,8 @@ def _train(
                 tell(_progress(training, training.history[-1]["train_loss"], scores))
             if training.epoch >= steps.epochs or _is_over(training):
                 return
-            train_epoch(training, after_step)
+            with named_death():
+                train_epoch(training, after_step)
 
 
 def _progress(training: Training, loss: float, scores: dict[str, float]) -> Progress:
@@ -275,13 +274,13 @@ def _end_epoch(training: Training, validation: Loader | None, statistics: Loader
     if due and statistics is not None:
         update_statistics(training.network, statistics, training.dtype)
     if due and len(training.cohort.rows_of("validation")):
-        outputs = _predict_part(training, validation)
-        measured = group.tell(_validate(training, outputs) if group.rank == 0 else None)
+        outputs = predict_part(training, validation)
+        measured = group.tell(validate(training, outputs) if group.rank == 0 else None)
         row |= measured
         training.validated = training.step
         heads = training.network.heads_info
         scores = {"loss": row["validation_loss"]} | {head.name: row[f"{head.name}_{head.metric}"] for head in heads}
-        _keep_best(training, row)
+        keep_best(training, row)
     training.history.append(row)
     for name, value in row.items():
         if name not in ("epoch", "step", "lr"):
@@ -289,73 +288,6 @@ def _end_epoch(training: Training, validation: Loader | None, statistics: Loader
     training.loss_sum = training.starved = training.elapsed = 0.0
     training.seen = 0
     return scores
-
-
-def _keep_best(training: Training, row: dict[str, float]) -> None:
-    by_loss = training.settings.monitor == "loss"
-    value = -row["validation_loss"] if by_loss else row["validation_score"]
-    value = value if np.isfinite(value) else -np.inf  # not defined
-    if training.best is None or value > training.best["value"]:
-        weights = {name: tensor.detach().clone() for name, tensor in training.network.state_dict().items()}
-        training.best = {"epoch": training.epoch, "step": training.step, "value": value, "state_dict": weights}
-        training.waited = 0
-    else:
-        training.waited += 1
-
-
-def _predict_part(training: Training, loader: Loader | None) -> Outputs:
-    """Return what the network gives for the scans of a part, of all processes, in the order of their rows."""
-    if loader is None:
-        width = sum(head.outputs for head in training.network.heads_info)
-        own = Outputs(np.empty(0, np.int64), np.empty((0, width), np.float32))
-    else:
-        own = predict(training.network, loader, dtype=training.dtype)
-    parts = training.group.gather_all(own)
-    rows = np.concatenate([part.rows for part in parts])
-    order = np.argsort(rows, kind="stable")
-    skipped = {row: reason for part in parts for row, reason in part.skipped.items()}
-    training.skipped |= skipped
-    outputs = Outputs(rows[order], np.concatenate([part.values for part in parts])[order], skipped)
-    _check_finite(training, outputs)
-    return outputs
-
-
-def _check_finite(training: Training, outputs: Outputs) -> None:
-    network, bad = training.network, ~np.isfinite(outputs.values)
-    if bad.any():
-        of_head = {
-            head.name: np.nan if bad[:, place].any() else 0.0
-            for head, place in zip(network.heads_info, network.head_slices, strict=True)
-        }
-        raise not_finite(training, training.step, np.nan, np.nan, of_head, outputs.rows[bad.any(axis=1)])
-
-
-def _validate(training: Training, outputs: Outputs) -> dict[str, float]:
-    """Return loss and scores of the validation part."""
-    network, cohort = training.network, training.cohort
-    labels, weights = (torch.from_numpy(table[outputs.rows]) for table in (cohort.labels, cohort.weights))
-    sums = loss_sums(torch.from_numpy(outputs.values), network.heads_info, network.head_slices, labels, weights)
-    counts = weights.sum(0)
-    row = {"validation_loss": float((sums / torch.where(counts > 0, counts, 1)).mean())}
-    results = _scores(training, outputs, bootstrap=0)
-    headlines = [result.headline.score for result in results]
-    row["validation_score"] = float(np.mean([score for score in headlines if np.isfinite(score)] or [np.nan]))
-    for head, result in zip(network.heads_info, results, strict=True):
-        row[f"{head.name}_{head.metric}"] = result.headline.score
-        row |= {f"{head.name}_{name}": found.score for name, found in result.metrics.items()}
-    return row
-
-
-def _scores(training: Training, outputs: Outputs, *, bootstrap: int) -> list[TargetResult]:
-    network, cohort = training.network, training.cohort
-    at = np.searchsorted(cohort.rows, outputs.rows)  # which ascend
-    return [
-        score_head(
-            head, target.values[at], head.predict(outputs.values[:, place]), cohort.participants[at],
-            bootstrap=bootstrap, rows=outputs.rows, seed=training.settings.seed,
-        )
-        for head, target, place in zip(network.heads_info, cohort.targets, network.head_slices, strict=True)
-    ]  # fmt: skip
 
 
 def _best_content(training: Training, attrs: dict[str, Any]) -> dict[str, Any]:
@@ -379,7 +311,7 @@ def _finish(training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict
     for part in ("validation", "test"):
         loader = open_part(volumes, training, part)
         try:
-            parts[part] = _predict_part(training, loader)
+            parts[part] = predict_part(training, loader)
         finally:
             if loader is not None:
                 loader.close()
@@ -387,7 +319,7 @@ def _finish(training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict
     seconds = sum(row["seconds"] for row in history)
     skipped = {row: reason for some in group.gather_all(training.skipped) for row, reason in some.items()}
     scores = {
-        part: _scores(training, outputs, bootstrap=training.settings.bootstrap) for part, outputs in parts.items()
+        part: score_part(training, outputs, bootstrap=training.settings.bootstrap) for part, outputs in parts.items()
     }
     trained = sum(row["scans_per_second"] * row["seconds"] for row in history)
     result = RunResult(

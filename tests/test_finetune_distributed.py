@@ -134,7 +134,7 @@ def test_batches_that_are_no_multiple_are_shared_too(done, tmp_path):
 def test_the_first_process_speaks_for_all(done):
     (line,) = done.returned.stdout.splitlines()
     document = json.loads(line)
-    assert [target["name"] for target in document["test"]] == ["sex", "age"]
+    assert [target["name"] for target in document["targets"]] == ["sex", "age"]
     assert list(document["skipped"]) == [str(DAMAGED)]
     codes = [(done.folder / f"code{rank}").read_text() for rank in (0, 1)]
     assert codes == ["1", "0"], "a scan is damaged, which is told once"

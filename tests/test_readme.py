@@ -10,10 +10,15 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+from finetune.export import export_run
+from loaders import VolumeReader
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 LOADING = (ROOT / "docs" / "loading.md").read_text()
+FINETUNING = (ROOT / "docs" / "finetuning.md").read_text()
 SMALL = {"--participants 200": "--participants 24"}
 
 
@@ -70,6 +75,25 @@ def test_the_python_of_the_page_about_loading_runs(tour, monkeypatch):
     exec(compile(block.replace('"t1.zarr"', '"cohort.zarr"'), "docs/loading.md", "exec"), names)
     assert names["epoch"] == 1
     assert names["batch"].images.shape[1:] == (1, 160, 192, 160)
+
+
+def test_the_python_of_the_page_about_fine_tuning_runs(tour, monkeypatch):
+    """What is trained, as it is exported, is what the page says."""
+    monkeypatch.chdir(tour[0])
+    train, state, program = blocks("python", FINETUNING)
+    names: dict[str, object] = {}
+    exec(compile(train.replace('"t1.zarr"', '"cohort.zarr"'), "docs/finetuning.md", "exec"), names)
+    assert names["result"].test[0].name == "sex"
+    for kind in ("pt", "pt2"):
+        export_run(Path("runs/sex"), Path(f"network.{kind}"))
+    exec(compile(state, "docs/finetuning.md", "exec"), names)
+    with VolumeReader("cohort.zarr") as reader:
+        names["volumes"] = torch.from_numpy(reader.read(reader.store.ok_rows[:2]))
+    exec(
+        compile(program.replace("program(volumes)", "predicted = program(volumes)"), "docs/finetuning.md", "exec"),
+        names,
+    )
+    assert names["predicted"]["sex"].shape == (2, 2)
 
 
 #: What a program does unless its first word says otherwise.
