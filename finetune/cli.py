@@ -144,7 +144,8 @@ def _is_no_skipped_scan(record: logging.LogRecord) -> bool:
 
 def _show(bar: Bar, task: TaskID, progress: Progress) -> None:
     notes = [f"epoch {min(progress.epoch + 1, progress.epochs)}/{progress.epochs}", f"loss {progress.loss:.3f}"]
-    notes += [f"{name} {score:.3f}" for name, score in list(progress.scores.items())[:4]]
+    scores = list(progress.scores.items())[:4]
+    notes += [f"{'validation loss' if name == 'loss' else name} {score:.3f}" for name, score in scores]
     notes += [f"{progress.scans_per_second:.1f} scans/s"] if progress.scans_per_second else []
     notes += [f"starved {progress.starved:.0%}"] if progress.scans_per_second else []
     bar.update(task, completed=progress.step, total=progress.steps, notes=", ".join(notes))

@@ -15,6 +15,7 @@ from finetune.results import REPORT, RunResult
 
 _NAMES = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
 _SHOWN_SKIPPED = 20
+_WIDE = 120  # columns
 
 
 def print_result(result: RunResult, console: Console, errors: Console, *, as_json: bool) -> None:
@@ -25,6 +26,8 @@ def print_result(result: RunResult, console: Console, errors: Console, *, as_jso
     if as_json:
         print(json.dumps(_finite(result.to_json())))
         return
+    if not console.is_terminal:  # a file, which may be as wide as the table
+        console = Console(file=console.file, width=max(console.width, _WIDE))
     people = ", ".join(f"{count:,} for {part}" for part, count in result.people.items())
     console.print(f"{result.run_dir}: {people}", soft_wrap=True, highlight=False, markup=False)
     how = f"epoch {result.best_epoch} of {result.epochs}" + (", stopped early" if result.stopped == "early" else "")
