@@ -90,8 +90,10 @@ PLAN = CohortPlan(
     common={
         "model": "resnet18", "view": "coronal", "slices": 4, "scale": 0.5, "validation": 0.15, "test": 0.25,
         "batch_size": 16, "weight_decay": 0.05, "tensorboard": False, "bootstrap": DRAWS,
+        # In a standard space shape shows as position, and shifts by 5 mm hide a difference of 4 mm.
+        "augmentation": "none",
     },
-    known={"target": ("sex", "age"), "lr": 1e-3, "epochs": 20},
+    known={"target": ("sex", "age"), "lr": 1e-3, "epochs": 15},
     null={"target": ("household_size", "income", "smoking"), "lr": 1e-3, "epochs": 6},
 )  # fmt: skip
 
