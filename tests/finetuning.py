@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.video.resnet import Conv3DSimple
 
 from extract.checkpoints import BEST
+from extract.models import parameter_shapes
 from finetune import cli
 from finetune.checkpoints import LAST, load_run
 from finetune.results import EPOCHS, PREDICTIONS, SPLIT, RunResult, read_result
@@ -173,8 +174,12 @@ def thin() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchvision.models.resnet.BasicBlock", ThinBlock)
         patch.setattr("torchvision.models.video.resnet.Conv3DSimple", ThinConv3d)
-        yield
-    torch.set_num_threads(threads)
+        parameter_shapes.cache_clear()  # of those that are not thin
+        try:
+            yield
+        finally:
+            parameter_shapes.cache_clear()
+            torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
