@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import extract.cli
+import extract.probing.cli
+import finetune.cli
+import ingest.cli
+import loaders.cli
 from finetune.export import export_run
 from loaders import VolumeReader
 
@@ -99,6 +105,10 @@ def test_the_python_of_the_page_about_fine_tuning_runs(tour, monkeypatch):
 #: What a program does unless its first word says otherwise.
 BY_DEFAULT = {"ingest": ["run"], "loaders": ["profile"], "probe": ["run"], "finetune": ["run"], "extract": []}
 OTHERS = ("curve", "predict", "export")
+APPS = {
+    "ingest": ingest.cli.app, "loaders": loaders.cli.app, "probe": extract.probing.cli.app,
+    "finetune": finetune.cli.app, "extract": extract.cli.app,
+}  # fmt: skip
 
 
 def test_commands_and_flags_of_the_readme_exist():
@@ -108,14 +118,9 @@ def test_commands_and_flags_of_the_readme_exist():
         first = rest.split()[0]
         command = (program, *([first] if first in OTHERS else BY_DEFAULT[program]))
         if command not in known:
-            script = Path(sysconfig.get_path("scripts")) / program
-            known[command] = subprocess.run(
-                [str(script), *command[1:], "--help"],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                env={**os.environ, "COLUMNS": "200"},
-            ).stdout
+            done = CliRunner(env={"COLUMNS": "200"}).invoke(APPS[program], [*command[1:], "--help"])
+            assert done.exit_code == 0, (command, done.output)
+            known[command] = done.output
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in known[command], f"{command} has no {flag}"
     assert {command[0] for command in known} == set(BY_DEFAULT)
