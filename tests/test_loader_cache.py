@@ -453,7 +453,10 @@ def test_a_count_that_cannot_be_read_is_made_again(store, tmp_path, text):
     cache, limit = tmp_path / "cache", int(shard_bytes(store) * 0.6)
     with open_loader(store, batch_size=1, cache_dir=cache, cache_bytes=limit, threads=1) as loaded:
         for _ in loaded:
-            (cache / ".bytes").write_bytes(text)
+            with open(cache / ".bytes", "ab") as count:
+                fcntl.flock(count, fcntl.LOCK_EX)  # or a thread's digits could follow ours, and make a number of them
+                count.truncate(0)
+                count.write(text)
             assert on_disk(cache) <= limit
         for _ in loaded:
             assert on_disk(cache) <= limit
