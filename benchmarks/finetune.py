@@ -264,7 +264,7 @@ def _first_batches(loader: Loader) -> list[Batch]:
     loader.set_epoch(0)
     passing = iter(loader)
     taken = [batch for batch, _ in zip(passing, range(_KEPT), strict=False)]
-    passing.close()  # type: ignore[attr-defined]
+    passing.close()
     return [Batch(batch.images.clone(), batch.rows, batch.participant, batch.valid) for batch in taken]
 
 

@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
-from typer.core import TyperGroup
 
 from extract.cli import WEIGHTS_UNAVAILABLE
 from extract.distributed import join_group
@@ -26,23 +25,15 @@ from finetune.predict import predict_to
 from finetune.printing import print_predicted, print_result
 from finetune.results import SETTINGS
 from finetune.run import Progress, finetune
+from ingest.default_command import RunByDefault
 from ingest.progress import progress_bar
 
 console = Console()
 errors = Console(stderr=True)
 
 
-class _RunByDefault(TyperGroup):
-    """``finetune STORE RUN_DIR`` is ``finetune run STORE RUN_DIR``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
 app = typer.Typer(
-    cls=_RunByDefault,
+    cls=RunByDefault,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -153,11 +153,12 @@ def score_head(
     truth, predicted, people = truth[known], predicted[known], people[known]
     units = np.unique(people, return_inverse=True)[1] if len(people) else np.zeros(0, np.int64)
     participants = int(units.max()) + 1 if len(units) else 0
-    given = {"name": head.name, "task": head.task, "n": len(truth), "participants": participants,
-             "labels": list(head.labels), "units": head.units}  # fmt: skip
     reason = _why_undefined(head, truth)
+    result = TargetResult(
+        head.name, head.task, "skipped", len(truth), participants, reason, labels=list(head.labels), units=head.units
+    )
     if reason:
-        return TargetResult(**given, status="skipped", reason=reason)  # type: ignore[arg-type]
+        return result
     drawn = draw_weights(participants, bootstrap, seed)[:, units].astype(np.float64) if bootstrap else None
     chance = _chances(head, truth)
     metrics = {}
@@ -169,7 +170,7 @@ def score_head(
         metrics[name] = Interval(score, low, high, chance[name])
     places = np.arange(len(known)) if rows is None else rows
     out = OutOfFold(truth, predicted, np.zeros(len(truth), np.int64), places[known])
-    return TargetResult(**given, status="ok", metric=head.metric, metrics=metrics, out_of_fold=out)  # type: ignore[arg-type]
+    return replace(result, status="ok", metric=head.metric, metrics=metrics, out_of_fold=out)
 
 
 def _why_undefined(head: Head, truth: np.ndarray) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from extract.probing.apply import write_predictions
+from extract.probing.apply import as_predictions, prediction_columns, write_predictions
 from finetune.evaluate import Outputs
 from finetune.heads import Head
 from ingest.store import VolumeStore
@@ -34,17 +34,8 @@ def prediction_table(
     found: list[tuple[str, np.ndarray]] = [("row", outputs.rows)]
     found += [(name, scans[name].to_numpy()) for name in _IDENTITY if name in scans]
     for head, place in zip(heads, columns, strict=True):
-        predicted = head.predict(outputs.values[:, place])
-        if head.labels:
-            found.append((head.name, np.array(head.labels, dtype=object)[predicted.argmax(axis=1)]))
-            found += [(f"{head.name}={label}", predicted[:, k]) for k, label in enumerate(head.labels)]
-        else:
-            found.append((head.name, predicted))
-    names = [name for name, _ in found]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"two columns of the predictions would be called {twice[0]!r}; rename the target")
-    return pd.DataFrame(dict(found))
+        found += prediction_columns(head.name, head.labels, head.predict(outputs.values[:, place]))
+    return as_predictions(found)
 
 
 def predicted_of(table: pd.DataFrame, head: Head) -> np.ndarray:

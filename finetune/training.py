@@ -175,7 +175,7 @@ def train_epoch(training: Training, after_step: Callable[[StepDone], None]) -> N
                 after_step(StepDone(one.step, float(one.loss) * training.group.size))
             before = pending if late else None
     finally:
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
         training.skipped |= training.loader.skipped
 
 

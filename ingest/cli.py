@@ -7,13 +7,13 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from dask.utils import parse_bytes
 from rich.logging import RichHandler
-from typer.core import TyperGroup
 
+from ingest.default_command import RunByDefault
 from ingest.dictionary import VARIABLES
 from ingest.errors import MemoryBudgetError, ObjectStoreError, SourceError, StoreError, TableError
 from ingest.inspection import summarise_store
@@ -42,18 +42,8 @@ from ingest.withdraw import withdraw
 _MOST_ROWS = 10_000  # a page holds the pictures of fewer
 
 
-class _IngestByDefault(TyperGroup):
-    """``ingest SRC OUT`` is ``ingest run SRC OUT``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        group_options = {"--help", "--install-completion", "--show-completion"}
-        if args and args[0] not in self.commands and args[0] not in group_options:
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
 app = typer.Typer(
-    cls=_IngestByDefault,
+    cls=RunByDefault,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -119,7 +119,7 @@ class Loader:
         """Let the next pass be that of an epoch; one that `load_state_dict` has led into goes on."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         epoch = self.epoch
         start, self._resume = (self._position if self._resume == epoch else 0), None
         self.epoch += 1

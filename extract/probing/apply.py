@@ -164,17 +164,31 @@ def apply_probe(saved: SavedProbe, embeddings: Embeddings) -> pd.DataFrame:
     names = [name for name in _IDENTITY if name in embeddings.scans]
     columns: list[tuple[str, np.ndarray]] = [(name, embeddings.scans[name].to_numpy()) for name in names]
     for model in saved.models:
-        predicted = model.predict_embeddings(embeddings)
-        if model.labels:
-            columns.append((model.name, np.array(model.labels, dtype=object)[predicted.argmax(axis=1)]))
-            columns += [(f"{model.name}={label}", predicted[:, k]) for k, label in enumerate(model.labels)]
-        else:
-            columns.append((model.name, predicted))
+        columns += prediction_columns(model.name, model.labels, model.predict_embeddings(embeddings))
+    return as_predictions(columns)
+
+
+def prediction_columns(name: str, labels: Sequence[str], predicted: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Return the columns of a target by their names.
+
+    Parameters
+    ----------
+    predicted
+        (scan, class) probabilities, or (scan,) values if there are no labels.
+    """
+    if not labels:
+        return [(name, predicted)]
+    likeliest = np.array(labels, dtype=object)[predicted.argmax(axis=1)]
+    return [(name, likeliest), *((f"{name}={label}", predicted[:, k]) for k, label in enumerate(labels))]
+
+
+def as_predictions(columns: Sequence[tuple[str, np.ndarray]]) -> pd.DataFrame:
+    """Return a table of predictions; ValueError if two columns have one name."""
     headings = [name for name, _ in columns]
     twice = [name for name in headings if headings.count(name) > 1]
     if twice:
         raise ValueError(
-            f"two columns of the predictions would be called {twice[0]!r}; rename the target and probe again"
+            f"two columns of the predictions would be called {twice[0]!r}; rename the target and fit it again"
         )
     return pd.DataFrame(dict(columns))
 

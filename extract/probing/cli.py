@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from extract.embeddings import Embeddings, open_embeddings
 from extract.probing.apply import (
@@ -38,17 +37,16 @@ from extract.probing.printing import (
 )
 from extract.probing.probe import target_names
 from extract.probing.settings import THIRD_DEGREE, ProbeSettings
+from ingest.default_command import RunByDefault
 from ingest.progress import progress_bar
 
 _SIZES = re.compile(r"\d{1,9}(,\d{1,9})*,?", re.ASCII)
 
 
-class _RunByDefault(TyperGroup):
-    """``probe EMB`` is ``probe run EMB``, and ``--curve`` may stand without sizes."""
+class _ProbeCommands(RunByDefault):
+    """``--curve`` may stand without sizes, too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = ["run", *args]
         for place, arg in enumerate(args):
             if arg == "--curve" and not _SIZES.fullmatch("".join(args[place + 1 : place + 2])):
                 args = [*args[:place], "--curve=auto", *args[place + 1 :]]
@@ -56,7 +54,7 @@ class _RunByDefault(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_RunByDefault,
+    cls=_ProbeCommands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
