@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.arithmetic import arithmetic_speed
 from benchmarks.loaders_gpu import SHAPE, make_store, make_volumes
 from benchmarks.results import Report, Result
 from extract.distributed import Group
@@ -131,8 +132,8 @@ def run_finetune(
     packed = make_store(path, make_volumes(min(scans, _DIFFERENT), shape), slab=4, scans=scans)
     store = open_store(path)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    peak = matrix_speed(where, dtype, size=8192 if where.type == "cuda" else 1024)
-    limit = f"limit: product of matrices, {str(dtype).removeprefix('torch.')}"
+    peak = arithmetic_speed(where, dtype)
+    limit = f"limit: arithmetic, {str(dtype).removeprefix('torch.')}"
     results = [Result(limit, round(peak / 1e9, 1), "GFLOP/s", round(peak / 1e9, 1), round(peak / 1e9, 1))]
     settings: dict[str, Any] = {
         "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
@@ -332,16 +333,3 @@ def count_operations(training: Training, store: VolumeStore) -> float:
     with FlopCounterMode(display=False) as counter:
         network.features(images, cut=network.seen.cut).sum().backward()
     return counter.get_total_flops() / len(images)
-
-
-def matrix_speed(device: torch.device, dtype: torch.dtype, *, size: int) -> float:
-    """Return floating-point operations a second of a product of large square matrices, the best of some."""
-    a, b = (torch.randn((size, size), device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(20):
-        begun = time.perf_counter()
-        torch.matmul(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best

@@ -36,7 +36,7 @@ from ingest.archive import read_scan
 from ingest.conform import conform
 from ingest.grid import NATIVE_GRID
 from ingest.layouts import Layout, find_scans
-from ingest.memory import keep_freed_memory
+from ingest.memory import kept_memory
 from ingest.nifti import NiftiVolume, read_nifti
 from ingest.sampling import sample_trilinear
 from ingest.scan import ScanSource
@@ -201,8 +201,8 @@ def _has_member(source: ScanSource) -> bool:
 
 def _inflate_in_kept_memory(sources: list[ScanSource]) -> None:
     """Do what nobody can do without, in memory that the system need not zero for every scan anew."""
-    keep_freed_memory()
-    _inflate_all(sources)
+    with kept_memory():
+        _inflate_all(sources)
 
 
 def _inflate_all(sources: list[ScanSource]) -> None:

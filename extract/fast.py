@@ -1,4 +1,4 @@
-"""What a device allows: number type, compiled networks, how many scans at a time."""
+"""What a device allows: number type, compiled networks, how many scans at a time, memory that is used again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from extract.grey import GreyConvolution
+from ingest.memory import kept_memory
 from loaders.views import View
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ def exact_float32() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     with cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
         yield
+
+
+def memory_for(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Keep what a network frees for its next batch: on a CPU by `ingest.memory.kept_memory`, on a GPU torch does."""
+    return kept_memory() if device.type == "cpu" else contextlib.nullcontext()
 
 
 def compile_network(network: nn.Module, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:

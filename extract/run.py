@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from extract.embeddings import SCAN_COLUMNS, Embeddings
 from extract.encoder import Encoder, describe
-from extract.fast import choose_batch_size
+from extract.fast import choose_batch_size, memory_for
 from extract.timing import ComputeClock, Timing
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, package_versions
@@ -126,10 +127,12 @@ def encode(
     clock = ComputeClock(encoder.device, timing)
     begun = time.perf_counter()
     waiting: _Batch | None = None
-    with open_loader(
-        volumes, rows=rows, view=view, slices=slices, batch_size=batch_size, backend=backend, device=encoder.device,
-        threads=threads, on_error=on_error, rank=0, world_size=1,
-    ) as loader:  # fmt: skip
+    with ExitStack() as stack:
+        stack.enter_context(memory_for(encoder.device))
+        loader = stack.enter_context(open_loader(
+            volumes, rows=rows, view=view, slices=slices, batch_size=batch_size, backend=backend,
+            device=encoder.device, threads=threads, on_error=on_error, rank=0, world_size=1,
+        ))  # fmt: skip
         batches = iter(loader)
         while True:
             with timing.adding("wait"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from extract.encoder import choose_device
-from extract.fast import choose_precision, exact_float32, scans_at_a_time
+from extract.fast import choose_precision, exact_float32, memory_for, scans_at_a_time
 from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import collapse_to_grey
 from extract.inputs import resize, target_size
@@ -145,7 +145,7 @@ def predict_to(
         on_plan(len(rows))
     begun = time.perf_counter()
     exact = chosen.type == "cuda" and dtype is torch.float32
-    with exact_float32() if exact else nullcontext():
+    with memory_for(chosen), exact_float32() if exact else nullcontext():
         outputs = predict_rows(
             network, volumes, rows, batch_size=batch_size, backend=backend, threads=threads, dtype=dtype,
             on_error="skip", on_batch=on_batch,

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from extract.distributed import Group, named_death
+from extract.fast import memory_for
 from extract.weights import Weights, about_store
 from finetune.batch_norm import choose_scans, update_statistics
 from finetune.build import build_network, build_training, check_volumes, find_weights, open_part, open_scans
@@ -128,6 +129,7 @@ def finetune(
         if done:
             return _finished(run_dir, volumes, group, report=report)
         training = build_training(volumes, settings, cohort, network, group)
+        stack.enter_context(memory_for(training.device))
         stack.callback(training.loader.close)
         with group.first_here():
             if group.rank == 0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -37,7 +38,7 @@ class MemoryPlan:
         What one scan may take; None if nothing was asked for.
     process_bytes
         The limit at which dask ends a worker process; None likewise. It is a third more than what one may take, for
-        `keep_freed_memory` keeps.
+        `kept_memory` keeps.
     """
 
     threads: int
@@ -105,22 +106,23 @@ def plan_memory(
     return MemoryPlan(threads, (max_bytes - own * _MB) // threads)
 
 
-def keep_freed_memory() -> None:
-    """Let this process use the memory of one volume for the next, rather than ask the system for it each time.
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let this process use the memory of one volume or batch for the next, rather than ask the system each time.
 
     The C library gives blocks of more than 32 MB back as soon as they are free, and dask tells its workers to do so
-    from 64 KB; the system then zeroes pages for every volume, one by one, which takes as long as inflating it.
+    from 64 KB; the system then zeroes pages for every volume, one by one, which takes as long as inflating it. What a
+    network makes of a batch is as large. What was kept is given back in the end.
     """
     _mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     _mallopt(_M_TRIM_THRESHOLD, 1 << 30)
     _mallopt(_M_ARENA_MAX, 1)  # one heap for all threads: what one has freed another can use
-
-
-def give_memory_back() -> None:
-    """Return what `keep_freed_memory` has kept to the system."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
+    try:
+        yield
+    finally:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
 
 
 def _mallopt(parameter: int, value: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from ingest.memory import give_memory_back, keep_freed_memory
+from ingest.memory import kept_memory
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,8 +33,7 @@ def run_in_threads(function: Callable[[Task], Result], tasks: Sequence[Task], th
 
     Threads do, for reading, inflating and the compiled loops all let go of Python's lock.
     """
-    keep_freed_memory()
-    with ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
+    with kept_memory(), ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
         waiting = iter(tasks)
         running: set[Future[Result]] = set()
         try:
@@ -48,7 +47,6 @@ def run_in_threads(function: Callable[[Task], Result], tasks: Sequence[Task], th
                     yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-            give_memory_back()
 
 
 def run_in_processes(
@@ -110,11 +108,8 @@ def run_in_processes(
 
 
 def _run_batch(function: Callable[[Task], Result], batch: Sequence[Task]) -> list[Result]:
-    keep_freed_memory()
-    try:
+    with kept_memory():  # given back between batches: what dask sees of it would make it hold this worker back
         return [function(task) for task in batch]
-    finally:
-        give_memory_back()  # what dask sees of it would make it hold this worker back
 
 
 def _run_batches(

@@ -55,7 +55,7 @@ def test_finetune(tmp_path, monkeypatch):
     assert f"{speed.STORE}/{speed.MEMORY} at least 0.95" in done.stdout
     report = json.loads((tmp_path / "r.json").read_text())
     found = {result["name"]: result for result in report["results"]}
-    assert report["results"][0]["name"] == "limit: product of matrices, float32"
+    assert report["results"][0]["name"] == "limit: arithmetic, float32"
     for case in (case.name for case in speed.CASES["cpu"]):
         for how in ("", ", augmented"):
             store, memory = (found[f"{case}{how}, {way}"]["value"] for way in (speed.STORE, speed.MEMORY))

@@ -376,10 +376,10 @@ def test_the_batch_fills_the_memory_of_a_gpu_and_no_more():
     encoder(torch.zeros((batch_size, *shape), dtype=torch.uint8, device="cuda")).cpu()
 
 
-def test_a_network_that_gives_something_else_is_not_measured(tmp_path, monkeypatch):
-    from benchmarks import extract as benchmark
+def test_a_network_that_gives_something_else_is_not_measured():
+    from benchmarks.extract import check_features
 
-    wrong = torch.zeros(1, 512)
-    monkeypatch.setattr(benchmark, "plain_torchvision", lambda _: lambda images: wrong.expand(len(images), -1) + 1)
-    with pytest.raises(ValueError, match=r"features of resnet18, plain, channels-last, differ"):
-        benchmark.run_extract(tmp_path, scans=1, volumes=1, repeats=1, stored=8)
+    expected = np.linspace(-1, 2, 512, dtype=np.float32).reshape(1, -1)
+    check_features("resnet18, plain", expected + np.float32(1e-4), expected, 1e-4)
+    with pytest.raises(ValueError, match=r"features of resnet18, plain, differ"):
+        check_features("resnet18, plain", expected + np.float32(3e-4), expected, 1e-4)
