@@ -91,16 +91,20 @@ def extract_command(
 
 @app.command("probe")
 def probe_command(
-    scans: Annotated[int, typer.Option(min=100, help="That ours is measured with, too.")] = 40_000,
-    peer_scans: Annotated[int, typer.Option(min=100, help="That all are measured with.")] = 2_000,
+    scans: Annotated[int, typer.Option(min=100)] = 40_000,
+    few_scans: Annotated[int, typer.Option(min=100, help="Of a second cohort.")] = 2_000,
     features: Annotated[int, typer.Option(min=4)] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Of everything but the large cohort.")] = 3,
+    phenotypes: Annotated[int, typer.Option(min=1, help="Continuous ones, which ours probes at once.")] = 1_000,
+    patterns: Annotated[int, typer.Option(min=1, help="Of missing values that those have.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Of everything with few scans.")] = 3,
     json_file: JsonFile = None,
 ) -> None:
-    """Probe embeddings: ours, scikit-learn's nested pipelines, and the limit; 5 minutes."""
+    """Probe embeddings: ours, scikit-learn's nested pipelines, the limit, and many phenotypes at once; 10 minutes."""
     from benchmarks.probe import run_probe
 
-    report = run_probe(scans=scans, peer_scans=peer_scans, features=features, turns=repeats)
+    report = run_probe(
+        scans=scans, few_scans=few_scans, features=features, turns=repeats, phenotypes=phenotypes, patterns=patterns
+    )
     show(report, Console())
     for count, seconds in report.settings["limit_seconds"].items():
         print(f"limit with {count} scans: {seconds} s at {report.settings['gemm_gflops']} GFLOP/s")
@@ -142,6 +146,22 @@ def finetune_cohort_command(
 
     report = run_finetune_cohort(directory)
     show_cohort(report, Console())
+    if json_file:
+        save(report, json_file)
+
+
+@app.command("nulls")
+def nulls_command(
+    probe_seeds: Annotated[int, typer.Option(min=0, help="Exchanges of the phenotypes that are probed.")] = 20,
+    finetune_seeds: Annotated[int, typer.Option(min=0, help="Exchanges that are fine-tuned for.")] = 10,
+    directory: Directory = DIRECTORY / "finetune-cohort",
+    json_file: JsonFile = None,
+) -> None:
+    """Probe and fine-tune for phenotypes without effect, and count the intervals that hold chance; 25 minutes."""
+    from benchmarks.nulls import run_nulls, show_nulls
+
+    report = run_nulls(directory, probe_seeds=probe_seeds, finetune_seeds=finetune_seeds)
+    show_nulls(report, Console())
     if json_file:
         save(report, json_file)
 

@@ -36,6 +36,7 @@ from benchmarks.arithmetic import arithmetic_speed
 from benchmarks.loaders_gpu import SHAPE, make_store, make_volumes
 from benchmarks.results import Report, Result
 from extract.distributed import Group
+from extract.fast import memory_for
 from finetune.build import build_network, build_training, find_weights, make_augmentation
 from finetune.cohort import Cohort
 from finetune.evaluate import what_to_load
@@ -188,6 +189,7 @@ def measure(
     """
     with ExitStack() as stack:
         training = begin(case, store, device, augmented)
+        stack.enter_context(memory_for(training.device))  # as a run does
         stack.callback(training.loader.close)
         settings["backend"][case.name] = training.loader.backend
         ways: dict[str, Training] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from finetuning import TINY, make_brains, thin_networks  # noqa: F401 - the fixture makes networks small
@@ -15,11 +16,11 @@ from typer.testing import CliRunner
 
 from benchmarks import finetune as speed
 from benchmarks import finetune_cohort as cohort
-from benchmarks import transfer
+from benchmarks import nulls, transfer
 from benchmarks.__main__ import app
 from benchmarks.loaders_gpu import make_store, make_volumes
 from benchmarks.results import save
-from extract.probing.results import OutOfFold, TargetResult
+from extract.probing.results import Interval, OutOfFold, TargetResult
 from finetune.settings import make_settings
 from ingest.store import open_store
 
@@ -117,6 +118,56 @@ def test_cohort(brains, tmp_path):
     assert set(report.settings["holds"]) >= {"sex AUC at least 0.98", "interval of coin holds chance"}
     save(report, tmp_path / "r.json")
     assert str(tmp_path) not in json.dumps(json.loads((tmp_path / "r.json").read_text())["settings"])
+
+
+def test_nulls(brains, tmp_path):
+    plan = cohort.CohortPlan(
+        people=40, seed=1, common={**SMALL, "test": 0.4}, known={}, null={"target": "coin,site", "epochs": 1}
+    )
+    told: list[str] = []
+    report = nulls.measure_nulls(brains, tmp_path / "n", plan, probe_seeds=3, finetune_seeds=2, tell=told.append)
+    assert [line.split(":")[0] for line in told] == [f"probe, seed {n}" for n in range(3)] + [
+        f"fine-tuned, seed {n}" for n in range(2)
+    ]
+    assert {result.name for result in report.results} == {
+        f"{way}, {name}" for way in ("probe", "fine-tuned") for name in ("coin", "site")
+    }
+    assert report.settings["summary"]["probe"]["intervals"] == 6
+    assert report.settings["summary"]["fine-tuned"]["intervals"] == 4
+    assert not (tmp_path / "n").exists()
+    save(report, tmp_path / "r.json")
+    assert str(tmp_path) not in json.dumps(json.loads((tmp_path / "r.json").read_text())["settings"])
+
+
+def test_phenotypes_are_exchanged_between_people():
+    table = pd.DataFrame({"a": [1.0, 1, 2, 3, np.nan], "b": [10.0, 10, 20, 30, 40], "age": [5.0, 6, 7, 8, 9]})
+    people = np.array(["x", "x", "y", "z", "w"])
+    found = [nulls.exchange(table, people, ["a", "b"], seed) for seed in range(8)]
+    for one in found:
+        assert one["age"].equals(table["age"])
+        assert one["b"][0] == one["b"][1], "a person's scans stay alike"
+        assert sorted(one["b"][1:]) == [10, 20, 30, 40]
+        assert one["a"].fillna(4).tolist() == (one["b"] / 10).tolist(), "what is of one person stays together"
+    assert any(not one.equals(table) for one in found)
+    assert found[3].equals(nulls.exchange(table, people, ["a", "b"], 3))
+
+
+def test_a_linked_store_has_other_phenotypes_and_leaves_the_first_as_it_is(brains, tmp_path):
+    table = brains.phenotypes.assign(age=7.0)
+    linked = open_store(nulls.linked(brains, tmp_path / "l.zarr", table))
+    assert (linked.phenotypes["age"] == 7).all()
+    assert open_store(brains.path).phenotypes.equals(brains.phenotypes)
+    assert linked.variables == brains.variables
+
+
+def test_intervals_that_hold_chance_are_counted():
+    intervals = [Interval(0.5, 0.4, 0.6, 0.5), Interval(0.7, 0.6, 0.8, 0.5), Interval(0.1, -0.1, 0.3, 0.0)]
+    found = nulls.summarise([*intervals, Interval(np.nan, np.nan, np.nan, 0.5)], 1)
+    assert (found["intervals"], found["hold_chance"], found["enough_hold_chance"]) == (3, 2, False)
+    assert found["mean_auc"] == 0.6
+    assert found["mean_width"] == pytest.approx(0.2667, abs=1e-4)
+    assert not found["mean_auc_within_0.02"]
+    assert nulls.summarise(intervals[:1], 1)["mean_auc_within_0.02"]
 
 
 def _result(name: str, rows: list[int], truth: list[float], predicted: list[float]) -> TargetResult:

@@ -142,21 +142,26 @@ def test_loaders_gpu_goes_on_when_something_fails(tmp_path, monkeypatch):
 
 def test_probe(tmp_path):
     printed, report = run(
-        "probe", "--scans", "400", "--peer-scans", "200", "--features", "12", "--repeats", "1",
-        "--json", tmp_path / "r.json",
+        "probe", "--scans", "400", "--few-scans", "200", "--features", "12", "--repeats", "1", "--phenotypes", "7",
+        "--patterns", "3", "--json", tmp_path / "r.json",
     )  # fmt: skip
     assert "limit with 400 scans" in printed
     speeds = {result["name"]: result for result in report["results"]}
-    for kind in ("regressions", "classification"):
-        ours, theirs = (speeds[f"{who}, {kind}, 200 scans"]["value"] for who in ("ours", "scikit-learn"))
-        assert report["ratios"][f"{kind}: ours/scikit-learn"] == pytest.approx(ours / theirs, rel=0.02)
-        assert 0 < speeds[f"ours, {kind}, 400 scans"]["limit_share"] < 1
+    for kind in ("regressions", "classifications"):
+        for scans in (200, 400):
+            ours, theirs = (speeds[f"{who}, {kind}, {scans} scans"]["value"] for who in ("ours", "scikit-learn"))
+            ratio = report["ratios"][f"{kind}: ours/scikit-learn, {scans} scans"]
+            assert ratio == pytest.approx(ours / theirs, rel=0.02)
+            assert 0 < speeds[f"ours, {kind}, {scans} scans"]["limit_share"] < 1
+    assert speeds["ours, 3 patterns of missing values, 400 scans"]["value"] > 0
     assert report["settings"]["penalties"] == 21
+    assert report["settings"]["patterns"] == 3
+    assert report["settings"]["estimated_seconds"] > 0
 
 
 def test_a_probe_that_scores_otherwise_is_not_measured(monkeypatch):
     from benchmarks import probe as benchmark
 
-    monkeypatch.setattr(benchmark, "_ridge_peer", lambda *_: [0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match=r"scikit-learn scores 0\.000"):
-        benchmark.run_probe(scans=200, peer_scans=200, features=8, turns=1)
+    monkeypatch.setattr(benchmark, "_ridge_peer", lambda *_: 0.0)
+    with pytest.raises(ValueError, match=r"age of 200 scans: scikit-learn scores 0\.0000"):
+        benchmark.run_probe(scans=200, few_scans=200, features=8, turns=1)

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from extract.probing.cross_validation import PENALTY_PEOPLE, penalty_folds
+from extract.probing.cross_validation import MANY_SCANS, fit_classes, penalty_folds
 from extract.probing.folds import (
     class_strata,
     deal_folds,
@@ -226,23 +226,52 @@ def test_penalties_are_chosen_without_a_persons_other_scans(seed):
     assert by_person in rotate(train).penalties
 
 
-def test_people_for_a_penalty_of_classes_are_some_of_many_in_whole_groups():
+def test_folds_for_a_penalty_of_classes_keep_groups_whole():
     rng = np.random.default_rng(0)
-    people = np.repeat(np.arange(3 * PENALTY_PEOPLE), 2)
+    people = np.repeat(np.arange(3000), 2)
     codes = (rng.random(len(people)) < 0.01).astype(int)
     families = people // 3
-    inner = penalty_folds(
-        Groups(people, families, families, np.zeros_like(people)), codes, np.arange(len(people)), [0, 0, 0]
-    )
-    assert len(set(people[inner >= 0])) == PENALTY_PEOPLE
+    groups = Groups(people, families, families, np.zeros_like(people))
+    inner = penalty_folds(groups, codes, np.arange(len(people)), [0, 0, 0], 5)
     for fold in range(5):
         assert set(codes[inner == fold]) == {0, 1}
-        assert not set(families[inner == fold]) & set(families[(inner >= 0) & (inner != fold)])
+        assert not set(families[inner == fold]) & set(families[inner != fold])
     # Two sites of which one has no cases: people are dealt instead.
     people, sites = np.arange(100), np.arange(100) // 50
     codes = (np.arange(100) < 25).astype(int)
-    inner = penalty_folds(Groups(people, sites, people, sites), codes, people, [0, 0, 0])
+    inner = penalty_folds(Groups(people, sites, people, sites), codes, people, [0, 0, 0], 5)
     assert all(set(codes[inner == fold]) == {0, 1} for fold in range(5))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("effect", [0.0, 0.02, 0.3, 2.0])
+def test_the_penalty_of_many_scans_is_the_best_of_all_penalties(classes, effect):
+    """The search that begins with a ridge regression finds what trying every penalty finds, or one as good."""
+    rng = np.random.default_rng(0)
+    scans = MANY_SCANS + 400
+    codes = rng.integers(0, classes, scans)
+    train = rng.normal(size=(scans, 24)) * np.arange(1, 25) ** -0.5
+    train[:, 2] += effect * train[:, 2].std() * codes
+    people = np.arange(scans)
+    groups = Groups(people, people, people, np.zeros_like(people))
+    found = fit_classes(train, codes, groups, people, [0, 0, 0]).penalties[0]
+    inner = penalty_folds(groups, codes, people, [0, 0, 0], 3)
+    losses = {}
+    for penalty in rotate(train).penalties:
+        losses[penalty] = 0.0
+        for fold in range(3):
+            out = inner == fold
+            predicted = probabilities(logistic(train[~out], codes[~out], inner, penalty=penalty).decide(train[out]))
+            losses[penalty] += log_loss(codes[out], predicted, normalize=False, labels=range(classes))
+    assert losses[found] < min(losses.values()) + 0.5  # nats, over all scans
+
+
+def test_a_fit_to_some_scans_is_that_to_them_alone():
+    rng = np.random.default_rng(0)
+    design = np.column_stack([rng.normal(size=(90, 7)), np.ones(90)])
+    codes, used = np.arange(90) % 3, rng.random(90) < 0.7
+    found = fit_logistic(design, codes, 2.0, used=used, tolerance=1e-8)
+    np.testing.assert_allclose(found, fit_logistic(design[used], codes[used], 2.0, tolerance=1e-8), atol=1e-6)
 
 
 def test_targets_together_are_fitted_as_they_are_alone():

@@ -24,6 +24,7 @@ from extract.probing.apply import (
 )
 from extract.probing.compare import Difference, Probed, align, differences, distinct_names, probe_all
 from extract.probing.confounds import number_warnings, read_confounds
+from extract.probing.effort import MANY_PATTERNS, estimate_effort
 from extract.probing.model import refit
 from extract.probing.printing import (
     errors,
@@ -158,7 +159,12 @@ def run_command(
     asked = None if targets is None else _split(targets)
     first = named[labels[0]]
     names = target_names(first, asked)
-    warnings += number_warnings(first, read_confounds(first, settings.confounds, tasks), tasks)
+    values = read_confounds(first, settings.confounds, tasks)
+    warnings += number_warnings(first, values, tasks)
+    if len(names) > MANY_PATTERNS:
+        effort = estimate_effort(first, names, tasks=tasks, settings=settings, confounds=values)
+        if effort.patterns > MANY_PATTERNS:
+            warn(effort.in_words() + (f" for each of {len(named)} embeddings" if len(named) > 1 else ""))
     with progress_bar("probe", errors) as progress:
         bar = progress.add_task("probe", total=None)
         probed = probe_all(

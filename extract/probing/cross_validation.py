@@ -18,17 +18,17 @@ from extract.probing.bootstrap import (
     weighted_r_squared,
 )
 from extract.probing.confounds import ConfoundValues, fit_coding, fit_residualiser
-from extract.probing.folds import class_strata, folds_with_all_classes, limit_people
+from extract.probing.folds import folds_with_all_classes, limit_people
 from extract.probing.groups import Groups
-from extract.probing.linear import ridge
+from extract.probing.linear import Fit, ridge
 from extract.probing.logistic import logistic, probabilities
 from extract.probing.scores import auc, balanced_accuracy, mean_absolute_error, pearson, r_squared
 
-#: People at most on whom the penalty of a logistic regression is chosen; the model is then fitted to all. The best
-#: penalty does not depend on their number (`probing.linear.PENALTIES`), and the choice would take most of the time.
-PENALTY_PEOPLE = 2000
+#: Of more scans the penalty of a logistic regression is sought near that of a ridge regression, where trying all would
+#: take most of the time.
+MANY_SCANS = 2000
 
-_INNER_FOLDS = 5
+_INNER_FOLDS, _FOLDS_OF_MANY = 5, 3
 _LARGE = 2_000_000  # numbers in the features: below, threads cost more than they give
 _MOST_THREADS = 8  # each holds three copies of the training features
 
@@ -131,13 +131,14 @@ def run_folds(sample: Sample, folds: Sequence[Fold], model: Model) -> tuple[list
 
     # BLAS gets one thread: more cost more than they give on small matrices, one adds up in one order, and of large ones
     # the folds run side by side.
-    with threadpool_limits(1, user_api="blas"):
-        if sample.features.size < _LARGE:
-            pairs = [run(fold) for fold in folds]
-        else:
-            with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS)) as pool:
-                pairs = list(pool.map(run, folds))
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads_for(sample.features.size)) as pool:
+        pairs = list(pool.map(run, folds))
     return [first for first, _ in pairs], [second for _, second in pairs if second]
+
+
+def threads_for(numbers: int) -> int:
+    """Return how many folds of so many features in all run side by side."""
+    return 1 if numbers < _LARGE else min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 def regression(truths: np.ndarray, counts: Sequence[bool], groups: Groups, weights: np.ndarray | None) -> Model:
@@ -178,8 +179,7 @@ def classification(codes: np.ndarray, classes: int, groups: Groups, seed: int, w
 
     def model(train: np.ndarray, test: np.ndarray, fold: Fold) -> list[Outcome]:
         train_codes, test_codes = codes[fold.train], codes[fold.test]
-        inner = penalty_folds(groups, train_codes, fold.train, [seed, fold.repeat, fold.number])
-        fit = logistic(train, train_codes, inner)
+        fit = fit_classes(train, train_codes, groups, fold.train, [seed, fold.repeat, fold.number])
         predicted = probabilities(fit.decide(test))
         frequencies = np.bincount(train_codes, minlength=classes) / len(train_codes)
         scores = {
@@ -199,30 +199,41 @@ def classification(codes: np.ndarray, classes: int, groups: Groups, seed: int, w
     return model
 
 
-def penalty_folds(groups: Groups, codes: np.ndarray, rows: np.ndarray, seed: list[int]) -> np.ndarray:
-    """Deal the scans of a training side into folds for choosing a penalty; -1 for those that are not needed for it.
+def fit_classes(train: np.ndarray, codes: np.ndarray, groups: Groups, rows: np.ndarray, seed: list[int]) -> Fit:
+    """Fit a logistic regression to a training side, its penalty chosen there.
+
+    Parameters
+    ----------
+    train, codes
+        (training scan, feature), (training scan,).
+    rows
+        int, (training scan,) rows of `groups`.
+
+    Raises
+    ------
+    ValueError
+        If a class has too few people.
+    """
+    many = len(rows) > MANY_SCANS
+    inner = penalty_folds(groups, codes, rows, seed, _FOLDS_OF_MANY if many else _INNER_FOLDS)
+    return logistic(train, codes, inner, near=groups.together[rows] if many else None)
+
+
+def penalty_folds(groups: Groups, codes: np.ndarray, rows: np.ndarray, seed: list[int], folds: int) -> np.ndarray:
+    """Deal the scans of a training side into folds for choosing a penalty.
 
     Groups are not split, unless some class would then be missing from a side: if so, people are not.
 
     Parameters
     ----------
-    codes
-        int, (training scan,).
-    rows
-        int, (training scan,) rows of `groups`.
+    codes, rows
+        See `fit_classes`.
     """
-    people = np.unique(groups.people[rows], return_inverse=True)[1]
-    chosen = np.ones(len(rows), dtype=bool)
-    if people.max() >= PENALTY_PEOPLE:
-        chosen = limit_people(people, class_strata(codes, people), chosen, PENALTY_PEOPLE, np.random.default_rng(seed))
-    who = np.unique(people[chosen], return_inverse=True)[1]
-    together = np.unique(groups.together[rows][chosen], return_inverse=True)[1]
-    inner = np.full(len(rows), -1)
-    for whole in (together, who):
-        dealt = folds_with_all_classes(whole, who, codes[chosen], _INNER_FOLDS, 1, seed, 1)
+    people, together = (np.unique(of[rows], return_inverse=True)[1] for of in (groups.people, groups.together))
+    for whole in (together, people):
+        dealt = folds_with_all_classes(whole, people, codes, folds, 1, seed, 1)
         if dealt is not None:
-            inner[chosen] = dealt[0]
-            return inner
+            return dealt[0]
     raise ValueError("a class has fewer than two people to train on; take fewer classes, or more people")
 
 

@@ -78,7 +78,9 @@ class Rotation:
 
     def apply(self, features: np.ndarray) -> np.ndarray:
         """Standardise and rotate scans: (scan, feature) to (scan, axis)."""
-        return ((features - self.mean) / self.scale) @ self.axes
+        standard = features - self.mean
+        standard /= self.scale
+        return standard @ self.axes
 
     def covariance(self, features: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return sums of products of the training scans on the axes and targets (scan, target): (axis, target)."""
@@ -226,13 +228,18 @@ def ridge(train: np.ndarray, targets: np.ndarray, groups: np.ndarray, *, penalty
     """
     rotation = rotate(train)
     if penalty is None:
-        rows = _penalty_rows(groups)
-        errors = leave_group_out_errors(rotation, train, targets, groups, rotation.penalties, rows)
-        penalties = rotation.penalties[np.argmin(errors, axis=0)]
+        penalties = ridge_penalties(rotation, train, targets, groups)
     else:
         penalties = np.full(targets.shape[1], float(penalty))
     weights = rotation.covariance(train, targets) / (rotation.eigenvalues[:, None] + penalties)
     return rotation.unrotate(weights, targets.mean(axis=0), penalties)
+
+
+def ridge_penalties(rotation: Rotation, train: np.ndarray, targets: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return the best penalty for each target, see `ridge`."""
+    errors = leave_group_out_errors(rotation, train, targets, groups, rotation.penalties, _penalty_rows(groups))
+    best: np.ndarray = rotation.penalties[np.argmin(errors, axis=0)]
+    return best
 
 
 def _penalty_rows(groups: np.ndarray) -> np.ndarray | None:

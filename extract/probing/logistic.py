@@ -7,10 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from extract.probing.linear import Fit, rotate
+from extract.probing.linear import Fit, ridge_penalties, rotate
 
 
-def logistic(train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, *, penalty: float | None = None) -> Fit:
+def logistic(
+    train: np.ndarray,
+    codes: np.ndarray,
+    inner_folds: np.ndarray,
+    *,
+    near: np.ndarray | None = None,
+    penalty: float | None = None,
+) -> Fit:
     """Fit logistic regression.
 
     Parameters
@@ -20,8 +27,11 @@ def logistic(train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, *, p
     codes
         int, (training scan,) 0 ... classes-1; every class occurs.
     inner_folds
-        int, (training scan,) folds for choosing the penalty, each of which leaves every class to the others; -1 for
-        scans that take no part in the choice.
+        int, (training scan,) folds for choosing the penalty, each of which leaves every class to the others.
+    near
+        int, (training scan,) groups: the penalty is sought step by step from the one that is best for a ridge
+        regression of the classes' indicators that leaves out each group. Of many scans it is hardly another one, for
+        the curvature of the log-loss is that of squares times the variance of the indicator.
     penalty
         None chooses among `Rotation.penalties` by the log-loss over the inner folds. Log-loss rather than AUC: AUC
         does not change when all weights shrink together, so on weak effects it picks penalties at random and leaves
@@ -38,9 +48,17 @@ def logistic(train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, *, p
         squared weights, against the summed log-loss: 1 / C of scikit-learn.
     """
     rotation = rotate(train)
+    design = _with_constant(rotation.apply(train))
     if penalty is None:
-        penalty = _penalty_by_log_loss(train, codes, inner_folds, rotation.penalties)
-    weights = fit_logistic(_with_constant(rotation.apply(train)), codes, penalty, tolerance=1e-6)
+        if near is None:
+            penalty = _penalty_by_log_loss(train, codes, inner_folds, rotation.penalties)
+        else:
+            indicators = np.eye(int(codes.max()) + 1)[codes]
+            variances = indicators.mean(axis=0) * (1 - indicators.mean(axis=0))
+            alike = ridge_penalties(rotation, train, indicators, near) * variances
+            first = float(np.exp(np.log(alike).mean()))
+            penalty = _penalty_beside(first, design, codes, inner_folds, rotation.penalties)
+    weights = fit_logistic(design, codes, penalty, tolerance=1e-6)
     return rotation.unrotate(weights[:-1], weights[-1], np.full(weights.shape[1], penalty))
 
 
@@ -50,7 +68,13 @@ def probabilities(decisions: np.ndarray) -> np.ndarray:
 
 
 def fit_logistic(
-    design: np.ndarray, codes: np.ndarray, penalty: float, start: np.ndarray | None = None, *, tolerance: float = 1e-3
+    design: np.ndarray,
+    codes: np.ndarray,
+    penalty: float,
+    start: np.ndarray | None = None,
+    *,
+    used: np.ndarray | None = None,
+    tolerance: float = 1e-3,
 ) -> np.ndarray:
     """Minimise the summed log-loss plus penalty / 2 times the squared weights, the intercepts (last row) left free.
 
@@ -60,11 +84,13 @@ def fit_logistic(
     Parameters
     ----------
     design
-        float64, (scan, column), the last column constant.
+        Float, (scan, column), the last column constant.
     codes
         int, (scan,) 0 ... classes-1; every class occurs.
     start
         Weights to start from.
+    used
+        bool, (scan,): to which scans it is fitted, of which every class has some; None for all.
     tolerance
         Largest slope left, in the scaled coordinates. A thousandth of a standard error will do to compare penalties.
 
@@ -73,13 +99,15 @@ def fit_logistic(
     numpy.ndarray
         float64, (column, 1) for two classes, else (column, class).
     """
-    frequencies = np.bincount(codes) / len(codes)
+    counted = np.ones((len(codes), 1)) if used is None else used[:, None].astype(np.float64)
+    frequencies = np.bincount(codes, counted[:, 0]) / counted.sum()
     binary = len(frequencies) == 2
     indicator = (codes == 1).astype(np.float64)[:, None] if binary else np.eye(len(frequencies))[codes]
     shown = frequencies[1:] if binary else frequencies
     ridges = np.full((design.shape[1], 1), penalty)
     ridges[-1] = 0
-    curvature = np.einsum("ij,ij->j", design, design)[:, None] * (shown * (1 - shown)) + ridges
+    squares = np.einsum("ij,ij->j", design, design).astype(np.float64)[:, None] * counted.mean()
+    curvature = squares * (shown * (1 - shown)) + ridges
     scale = 1 / np.sqrt(curvature)
     if start is None:
         start = np.zeros_like(scale)
@@ -89,13 +117,13 @@ def fit_logistic(
         weights = scaled.reshape(scale.shape) * scale
         decisions = _product(design, weights)
         if binary:
-            value = float(np.sum(np.logaddexp(0, decisions) - decisions * indicator))
+            value = float(np.sum((np.logaddexp(0, decisions) - decisions * indicator) * counted))
             predicted = 1 / (1 + np.exp(-np.clip(decisions, -700, 700)))
         else:
             logs = _log_probabilities(decisions)
-            value = -float(np.sum(logs * indicator))
+            value = -float(np.sum(logs * indicator * counted))
             predicted = np.exp(logs)
-        slope = _product(design.T, predicted - indicator) + ridges * weights
+        slope = _product(design.T, (predicted - indicator) * counted) + ridges * weights
         return value + 0.5 * float(np.sum(ridges * weights**2)), (slope * scale).ravel()
 
     found = optimize.minimize(
@@ -127,13 +155,12 @@ class _Part:
 
 def _penalty_by_log_loss(train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, penalties: np.ndarray) -> float:
     """Return the penalty with the least log-loss over the inner folds; `penalties` fall from strong to weak."""
-    used = inner_folds >= 0
     parts = []
-    for fold in np.unique(inner_folds[used]):
+    for fold in np.unique(inner_folds):
         test = inner_folds == fold
-        rotation = rotate(train[used & ~test])  # of its own: on its own axes L-BFGS takes a few steps
-        inner, outer = (_with_constant(rotation.apply(train[rows])) for rows in (used & ~test, test))
-        parts.append(_Part(inner, codes[used & ~test], outer, codes[test]))
+        rotation = rotate(train[~test])  # of its own: on its own axes L-BFGS takes a few steps
+        inner, outer = (_with_constant(rotation.apply(train[rows])) for rows in (~test, test))
+        parts.append(_Part(inner, codes[~test], outer, codes[test]))
     axes = max(part.train.shape[1] for part in parts)
     losses: dict[int, float] = {}
 
@@ -150,9 +177,42 @@ def _penalty_by_log_loss(train: np.ndarray, codes: np.ndarray, inner_folds: np.n
     return float(penalties[best()])
 
 
+def _penalty_beside(
+    penalty: float, design: np.ndarray, codes: np.ndarray, folds: np.ndarray, penalties: np.ndarray
+) -> float:
+    """Return the penalty with the least log-loss that one gets to from another, step by step.
+
+    All folds are fitted in the coordinates of everybody, so that nothing large is copied; half the digits will do to
+    compare penalties, and reading them takes the time.
+    """
+    design = design.astype(np.float32)
+    kept = [folds != fold for fold in np.unique(folds)]
+    weights: list[np.ndarray | None] = [None] * len(kept)
+    losses: dict[int, float] = {}
+
+    def loss(place: int) -> float:
+        if not 0 <= place < len(penalties):
+            return np.inf
+        if place not in losses:
+            losses[place] = 0.0
+            for number, used in enumerate(kept):
+                found = fit_logistic(design, codes, float(penalties[place]), weights[number], used=used, tolerance=1e-2)
+                weights[number] = found
+                logs = _log_probabilities(_product(design[~used], found))
+                losses[place] -= float(logs[np.arange(len(logs)), codes[~used]].sum())
+        return losses[place]
+
+    best = int(np.argmin(np.abs(np.log(penalties / penalty))))
+    for step in (-1, 1):  # the stronger one first
+        while loss(best + step) < loss(best):
+            best += step
+    return float(penalties[best])
+
+
 def _product(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return matrix @ columns, column by column: BLAS copies the matrix for a few columns, and takes thrice as long."""
-    return np.stack([matrix @ column for column in np.ascontiguousarray(columns.T)], axis=1)
+    """Return matrix @ columns as float64, column by column: BLAS copies the matrix for a few, and takes thrice as long."""
+    given = np.ascontiguousarray(columns.T, dtype=matrix.dtype)
+    return np.stack([matrix @ column for column in given], axis=1, dtype=np.float64, casting="safe")
 
 
 def _with_constant(scores: np.ndarray) -> np.ndarray:

@@ -11,10 +11,10 @@ from threadpoolctl import threadpool_limits
 
 from extract.embeddings import Embeddings
 from extract.probing.confounds import ConfoundCoding, fit_coding, fit_residualiser, match_confounds, read_confounds
-from extract.probing.cross_validation import penalty_folds
+from extract.probing.cross_validation import fit_classes
 from extract.probing.groups import read_groups
 from extract.probing.linear import ridge
-from extract.probing.logistic import logistic, probabilities
+from extract.probing.logistic import probabilities
 from extract.probing.probe import check_embeddings
 from extract.probing.results import Interval
 from extract.probing.settings import ProbeSettings
@@ -226,7 +226,7 @@ def refit(
     with threadpool_limits(1 if features.size < 2_000_000 else None, user_api="blas"):
         if found.labels:
             codes = truth.astype(np.int64)
-            fit = logistic(features, codes, penalty_folds(groups, codes, np.arange(len(codes)), [settings.seed]))
+            fit = fit_classes(features, codes, groups, np.arange(len(codes)), [settings.seed])
         else:
             outcome = np.log1p(truth) if found.task == "count" else truth
             fit = ridge(features, outcome[:, None], groups.together)

@@ -113,7 +113,7 @@ def probe(
     features = embeddings.features.astype(np.float64)
     summary = rank_summary(_regression_values(embeddings))
     results: dict[str, TargetResult] = {}
-    for batch in _batches(found, confounds):
+    for batch in target_batches(found, confounds):
         for result in _probe_batch(batch, features, groups, confounds.without(batch[0].name), summary, settings):
             results[result.name] = result
             if on_target:
@@ -149,7 +149,7 @@ def _regression_values(embeddings: Embeddings) -> np.ndarray:
     return table[columns].to_numpy(np.float64)
 
 
-def _batches(targets: list[Target], confounds: ConfoundValues) -> Iterator[list[Target]]:
+def target_batches(targets: list[Target], confounds: ConfoundValues) -> Iterator[list[Target]]:
     """Put regressions of the same scans and confounds together; all else is alone."""
     shared: dict[tuple[bytes, tuple[str, ...]], list[Target]] = {}
     for target in targets:

@@ -13,10 +13,10 @@ from threadpoolctl import threadpool_limits
 from extract import Embeddings, build_encoder, open_embeddings
 from extract.encoder import InputWarning
 from extract.models import family_of
-from extract.probing.cross_validation import penalty_folds
+from extract.probing.cross_validation import fit_classes
 from extract.probing.groups import Groups, read_groups
 from extract.probing.linear import ridge
-from extract.probing.logistic import logistic, probabilities
+from extract.probing.logistic import probabilities
 from extract.probing.results import TargetResult
 from extract.probing.targets import Target
 from extract.resume import extract_to
@@ -150,7 +150,7 @@ def _fit(
     with threadpool_limits(1 if train.size < 2_000_000 else None, user_api="blas"):
         if target.labels:
             codes = values.astype(np.int64)
-            fit = logistic(train, codes, penalty_folds(groups, codes, np.arange(len(codes)), [seed]))
+            fit = fit_classes(train, codes, groups, np.arange(len(codes)), [seed])
             return probabilities(fit.decide(test)), float(fit.penalties[0])
         outcome = np.log1p(values) if target.task == "count" else values
         together = groups.together if groups.together.max() > 0 else groups.people
