@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from extract.probing.cross_validation import MANY_SCANS, fit_classes, penalty_folds
+from extract.probing.cross_validation import fit_classes, penalty_folds
 from extract.probing.folds import (
     class_strata,
     deal_folds,
@@ -121,7 +121,7 @@ def test_logistic_regression_is_that_of_scikit_learn(features, classes):
     train[:, 0] += codes
     scaler = StandardScaler().fit(train)
     for penalty in (0.1, 10.0, 1e3):
-        predicted = probabilities(logistic(train, codes, codes, penalty=penalty).decide(test))
+        predicted = probabilities(logistic(train, codes, codes, codes, penalty=penalty).decide(test))
         model = LogisticRegression(C=1 / penalty, tol=1e-8, max_iter=5000)
         expected = model.fit(scaler.transform(train), codes).predict_proba(scaler.transform(test))
         np.testing.assert_allclose(predicted, expected, atol=2e-4)
@@ -133,7 +133,7 @@ def test_logistic_penalty_is_the_best_of_all_penalties(effect):
     codes = np.arange(60) % 2
     train = rng.normal(size=(60, 200)) + effect * codes[:, None]
     inner = rng.permutation(np.arange(60) // 2 % 3)
-    penalty = logistic(train, codes, inner).penalties[0]
+    penalty = logistic(train, codes, inner, np.arange(60)).penalties[0]
     losses = []
     for candidate in rotate(train).penalties:
         loss = 0.0
@@ -153,7 +153,7 @@ def test_the_search_for_a_penalty_passes_strong_axes_that_know_nothing():
     codes = np.arange(600) % 2
     features = rng.normal(size=(600, 60)) + 0.35 * codes[:, None] * (np.arange(60) < 20)
     features += rng.normal(size=(600, 20)) @ rng.normal(size=(20, 60))
-    fit = logistic(features[:400], codes[:400], np.arange(400) // 2 % 5)
+    fit = logistic(features[:400], codes[:400], np.arange(400) // 2 % 5, np.arange(400))
     right = (fit.decide(features[400:])[:, 0] > 0) == codes[400:]
     assert right.mean() > 0.7
 
@@ -248,7 +248,7 @@ def test_folds_for_a_penalty_of_classes_keep_groups_whole():
 def test_the_penalty_of_many_scans_is_the_best_of_all_penalties(classes, effect):
     """The search that begins with a ridge regression finds what trying every penalty finds, or one as good."""
     rng = np.random.default_rng(0)
-    scans = MANY_SCANS + 400
+    scans = 2400
     codes = rng.integers(0, classes, scans)
     train = rng.normal(size=(scans, 24)) * np.arange(1, 25) ** -0.5
     train[:, 2] += effect * train[:, 2].std() * codes
@@ -261,7 +261,9 @@ def test_the_penalty_of_many_scans_is_the_best_of_all_penalties(classes, effect)
         losses[penalty] = 0.0
         for fold in range(3):
             out = inner == fold
-            predicted = probabilities(logistic(train[~out], codes[~out], inner, penalty=penalty).decide(train[out]))
+            predicted = probabilities(
+                logistic(train[~out], codes[~out], inner, inner, penalty=penalty).decide(train[out])
+            )
             losses[penalty] += log_loss(codes[out], predicted, normalize=False, labels=range(classes))
     assert losses[found] < min(losses.values()) + 0.5  # nats, over all scans
 

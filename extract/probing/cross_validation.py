@@ -24,11 +24,8 @@ from extract.probing.linear import Fit, ridge
 from extract.probing.logistic import logistic, probabilities
 from extract.probing.scores import auc, balanced_accuracy, mean_absolute_error, pearson, r_squared
 
-#: Of more scans the penalty of a logistic regression is sought near that of a ridge regression, where trying all would
-#: take most of the time.
-MANY_SCANS = 2000
-
-_INNER_FOLDS, _FOLDS_OF_MANY = 5, 3
+#: Inner folds for the penalty of a logistic regression; of many scans fewer tell as much.
+_INNER_FOLDS, _FOLDS_OF_MANY, _MANY_SCANS = 5, 3, 2000
 _LARGE = 2_000_000  # numbers in the features: below, threads cost more than they give
 _MOST_THREADS = 8  # each holds three copies of the training features
 
@@ -158,10 +155,7 @@ def regression(truths: np.ndarray, counts: Sequence[bool], groups: Groups, weigh
     outcomes = np.where(np.array(counts), np.log1p(np.where(counts, truths, 0)), truths)
 
     def model(train: np.ndarray, test: np.ndarray, fold: Fold) -> list[Outcome]:
-        left_out = groups.together[fold.train]
-        if len(np.unique(left_out)) == 1:  # of two sites one is trained on
-            left_out = groups.people[fold.train]
-        fit = ridge(train, outcomes[fold.train], left_out)
+        fit = ridge(train, outcomes[fold.train], _left_out(groups, fold.train))
         fitted = fit.decide(test)
         drawn = None if weights is None else weights[:, groups.units[fold.test]].astype(np.float32)
         return [
@@ -214,9 +208,14 @@ def fit_classes(train: np.ndarray, codes: np.ndarray, groups: Groups, rows: np.n
     ValueError
         If a class has too few people.
     """
-    many = len(rows) > MANY_SCANS
-    inner = penalty_folds(groups, codes, rows, seed, _FOLDS_OF_MANY if many else _INNER_FOLDS)
-    return logistic(train, codes, inner, near=groups.together[rows] if many else None)
+    inner = penalty_folds(groups, codes, rows, seed, _FOLDS_OF_MANY if len(rows) > _MANY_SCANS else _INNER_FOLDS)
+    return logistic(train, codes, inner, _left_out(groups, rows))
+
+
+def _left_out(groups: Groups, rows: np.ndarray) -> np.ndarray:
+    """Return who is left out together to choose a penalty: groups, or people if one group is trained on (of two)."""
+    together = groups.together[rows]
+    return together if len(np.unique(together)) > 1 else groups.people[rows]
 
 
 def penalty_folds(groups: Groups, codes: np.ndarray, rows: np.ndarray, seed: list[int], folds: int) -> np.ndarray:

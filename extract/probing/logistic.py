@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from scipy import optimize
 
@@ -11,12 +9,7 @@ from extract.probing.linear import Fit, ridge_penalties, rotate
 
 
 def logistic(
-    train: np.ndarray,
-    codes: np.ndarray,
-    inner_folds: np.ndarray,
-    *,
-    near: np.ndarray | None = None,
-    penalty: float | None = None,
+    train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, groups: np.ndarray, *, penalty: float | None = None
 ) -> Fit:
     """Fit logistic regression.
 
@@ -28,18 +21,16 @@ def logistic(
         int, (training scan,) 0 ... classes-1; every class occurs.
     inner_folds
         int, (training scan,) folds for choosing the penalty, each of which leaves every class to the others.
-    near
-        int, (training scan,) groups: the penalty is sought step by step from the one that is best for a ridge
-        regression of the classes' indicators that leaves out each group. Of many scans it is hardly another one, for
-        the curvature of the log-loss is that of squares times the variance of the indicator.
+    groups
+        int, (training scan,); two or more.
     penalty
         None chooses among `Rotation.penalties` by the log-loss over the inner folds. Log-loss rather than AUC: AUC
         does not change when all weights shrink together, so on weak effects it picks penalties at random and leaves
-        probabilities overconfident; log-loss is a proper score, and every scan counts in it. From the strongest
-        penalty down, each fit starting from the last, every second one is tried, and then those beside the best. The
-        loss may rise before it falls, since the axes of most variance come first, whether they know anything or not;
-        an axis that knows nothing costs about half a nat. So the search ends early only when the loss has risen by a
-        nat per axis.
+        probabilities overconfident; log-loss is a proper score, and every scan counts in it. The search begins with the
+        penalty that is best for ridge regressions of the classes' indicators (`probing.linear.ridge_penalties`) times
+        the variance of an indicator, which is the curvature of the log-loss over that of squares, and goes on as long
+        as the loss falls. From there it is a step or two; from elsewhere it might not get there, for where the axes of
+        most variance know nothing the loss rises before it falls.
 
     Returns
     -------
@@ -50,14 +41,11 @@ def logistic(
     rotation = rotate(train)
     design = _with_constant(rotation.apply(train))
     if penalty is None:
-        if near is None:
-            penalty = _penalty_by_log_loss(train, codes, inner_folds, rotation.penalties)
-        else:
-            indicators = np.eye(int(codes.max()) + 1)[codes]
-            variances = indicators.mean(axis=0) * (1 - indicators.mean(axis=0))
-            alike = ridge_penalties(rotation, train, indicators, near) * variances
-            first = float(np.exp(np.log(alike).mean()))
-            penalty = _penalty_beside(first, design, codes, inner_folds, rotation.penalties)
+        indicators = np.eye(int(codes.max()) + 1)[codes]
+        frequencies = indicators.mean(axis=0)
+        alike = ridge_penalties(rotation, train, indicators, groups) * frequencies * (1 - frequencies)
+        first = float(np.exp(np.log(alike).mean()))
+        penalty = _penalty_by_log_loss(first, design, codes, inner_folds, rotation.penalties)
     weights = fit_logistic(design, codes, penalty, tolerance=1e-6)
     return rotation.unrotate(weights[:-1], weights[-1], np.full(weights.shape[1], penalty))
 
@@ -136,51 +124,10 @@ def fit_logistic(
     return found.x.reshape(scale.shape) * scale
 
 
-@dataclass
-class _Part:
-    """One inner fold: its own standardised and rotated features, and the weights of the last penalty."""
-
-    train: np.ndarray
-    train_codes: np.ndarray
-    test: np.ndarray
-    test_codes: np.ndarray
-    weights: np.ndarray | None = None
-
-    def loss(self, penalty: float) -> float:
-        """Return the log-loss of the test side, summed over its scans."""
-        self.weights = fit_logistic(self.train, self.train_codes, penalty, self.weights)
-        logs = _log_probabilities(self.test @ self.weights)
-        return -float(logs[np.arange(len(logs)), self.test_codes].sum())
-
-
-def _penalty_by_log_loss(train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, penalties: np.ndarray) -> float:
-    """Return the penalty with the least log-loss over the inner folds; `penalties` fall from strong to weak."""
-    parts = []
-    for fold in np.unique(inner_folds):
-        test = inner_folds == fold
-        rotation = rotate(train[~test])  # of its own: on its own axes L-BFGS takes a few steps
-        inner, outer = (_with_constant(rotation.apply(train[rows])) for rows in (~test, test))
-        parts.append(_Part(inner, codes[~test], outer, codes[test]))
-    axes = max(part.train.shape[1] for part in parts)
-    losses: dict[int, float] = {}
-
-    def best() -> int:
-        return min(losses, key=lambda place: (losses[place], place))
-
-    for place in range(0, len(penalties), 2):
-        losses[place] = sum(part.loss(float(penalties[place])) for part in parts)
-        if losses[place] > losses[best()] + axes:
-            break
-    for place in (best() - 1, best() + 1):
-        if 0 <= place < len(penalties):
-            losses[place] = sum(part.loss(float(penalties[place])) for part in parts)
-    return float(penalties[best()])
-
-
-def _penalty_beside(
-    penalty: float, design: np.ndarray, codes: np.ndarray, folds: np.ndarray, penalties: np.ndarray
+def _penalty_by_log_loss(
+    first: float, design: np.ndarray, codes: np.ndarray, folds: np.ndarray, penalties: np.ndarray
 ) -> float:
-    """Return the penalty with the least log-loss that one gets to from another, step by step.
+    """Return the penalty with the least log-loss that one gets to from the first, step by step.
 
     All folds are fitted in the coordinates of everybody, so that nothing large is copied; half the digits will do to
     compare penalties, and reading them takes the time.
@@ -202,7 +149,7 @@ def _penalty_beside(
                 losses[place] -= float(logs[np.arange(len(logs)), codes[~used]].sum())
         return losses[place]
 
-    best = int(np.argmin(np.abs(np.log(penalties / penalty))))
+    best = int(np.argmin(np.abs(np.log(penalties / first))))
     for step in (-1, 1):  # the stronger one first
         while loss(best + step) < loss(best):
             best += step
@@ -210,7 +157,7 @@ def _penalty_beside(
 
 
 def _product(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return matrix @ columns as float64, column by column: BLAS copies the matrix for a few, and takes thrice as long."""
+    """Return matrix @ columns as float64, one by one: BLAS copies the matrix for a few, and takes thrice as long."""
     given = np.ascontiguousarray(columns.T, dtype=matrix.dtype)
     return np.stack([matrix @ column for column in given], axis=1, dtype=np.float64, casting="safe")
 

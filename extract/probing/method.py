@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from extract.probing.cross_validation import MANY_SCANS, Outcome, Sample
+from extract.probing.cross_validation import Outcome, Sample
 from extract.probing.linear import PENALTY_SCANS
 from extract.probing.settings import ProbeSettings
 from extract.probing.targets import MIN_CLASS_PER_FOLD, Target
@@ -19,8 +19,6 @@ def describe_method(target: Target, sample: Sample, outcomes: Sequence[Outcome],
     grouped = groups.together.max() < groups.people.max()
     if target.labels:
         model = f"logistic regression, L2 penalty {penalty:.2g} (median) by log-loss in inner folds of participants"
-        if len(sample.features) - np.bincount(sample.fold_of[0]).max() > MANY_SCANS:
-            model += ", sought from that of a ridge regression"
     else:
         outcome = "log(1 + count)" if target.task == "count" else "the value"
         left_out = "group" if grouped else "participant"
