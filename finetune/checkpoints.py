@@ -19,6 +19,7 @@ from extract.checkpoints import BEST, FORMAT, load_content
 from extract.checkpoints import LAST as LAST
 from extract.errors import WeightsUnavailableError
 from extract.probing.writing import write_whole
+from extract.weights import Weights
 from finetune.heads import Head
 from finetune.network import Input, ScanNetwork
 from finetune.settings import FinetuneSettings, make_settings
@@ -40,7 +41,7 @@ class LoadedRun:
     settings
         Of the run.
     attrs
-        Provenance: ``store`` (path, id, grid), ``simulated``, ``weights`` (name, sha256) that it began with,
+        Provenance: ``store`` (path, id, grid), ``simulated``, ``weights`` (name, sha256, notes) that it began with,
         ``created_by`` (versions), and ``epoch`` and ``step`` of these weights.
     sha256
         Of the file.
@@ -113,6 +114,13 @@ def read_training(path: Path) -> dict[str, Any]:
         If it is something else.
     """
     return _read(os.fspath(path))[0]
+
+
+def weights_of_last(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """Return the weights that a run began with, without their numbers, and what its last checkpoint says of them."""
+    content = read_training(path)
+    about = dict(content["attrs"]["weights"])
+    return Weights(about["name"], about["sha256"], {}, tuple(content["mean"]), tuple(content["std"])), about
 
 
 def load_run(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedRun:

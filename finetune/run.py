@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from extract.distributed import Group, named_death
+from extract.errors import WeightsUnavailableError
 from extract.fast import memory_for
 from extract.weights import Weights, about_store
 from finetune.batch_norm import choose_scans, update_statistics
 from finetune.build import build_network, build_training, check_volumes, find_weights, open_part, open_scans
-from finetune.checkpoints import BEST, LAST, checkpoint_of, load_run, read_training, write_checkpoint
+from finetune.checkpoints import BEST, LAST, checkpoint_of, load_run, read_training, weights_of_last, write_checkpoint
 from finetune.cohort import read_cohort
 from finetune.evaluate import Outputs
 from finetune.folder import FREE as FREE
@@ -123,7 +124,7 @@ def finetune(
             done = not overwrite and (run_dir / RESULTS).is_file()
             if not done:
                 cohort = read_cohort(volumes, settings, None if overwrite else existing(run_dir / SPLIT))
-                weights = find_weights(settings)
+                weights, about = _weights(settings, volumes, None if overwrite else existing(run_dir / LAST))
                 network = build_network(settings, cohort.heads, weights)
                 check_volumes(network, volumes.grid.shape_zyx)
         if done:
@@ -134,8 +135,8 @@ def finetune(
         with group.first_here():
             if group.rank == 0:
                 begin_folder(run_dir, settings, cohort.split, overwrite=overwrite)
-        attrs = _attrs(volumes, weights)
-        cohort.warnings.extend(about_store(weights, volumes))
+        attrs = _attrs(volumes, about)
+        cohort.warnings.extend(about.get("notes", []))
         if (run_dir / LAST).is_file():
             _go_on(training, run_dir / LAST, volumes)
         _train(training, volumes, run_dir, attrs, on_progress or (lambda _: None))
@@ -143,6 +144,21 @@ def finetune(
         if report and group.rank == 0:
             _write_report(result, volumes)
         return result
+
+
+def _weights(settings: FinetuneSettings, volumes: VolumeStore, last: Path | None) -> tuple[Weights, dict[str, Any]]:
+    """Return the weights to begin with, and what is kept of where they are from.
+
+    A run that goes on from a checkpoint does without them, should they be gone.
+    """
+    try:
+        weights = find_weights(settings)
+    except WeightsUnavailableError:
+        if last is None:
+            raise
+        return weights_of_last(last)
+    name = "scratch" if weights.state_dict is None else weights.name
+    return weights, {"name": name, "sha256": weights.sha256, "notes": about_store(weights, volumes)}
 
 
 def _finished(run_dir: Path, volumes: VolumeStore, group: Group, *, report: bool) -> RunResult:
@@ -164,7 +180,7 @@ def _write_report(result: RunResult, volumes: VolumeStore) -> None:
     write_finetune_report(result.run_dir / REPORT, result, load_run(result.run_dir), volumes, warnings=result.warnings)
 
 
-def _attrs(volumes: VolumeStore, weights: Weights) -> dict[str, Any]:
+def _attrs(volumes: VolumeStore, about: dict[str, Any]) -> dict[str, Any]:
     return {
         "store": {
             "path": str(volumes.path.absolute()),
@@ -173,7 +189,7 @@ def _attrs(volumes: VolumeStore, weights: Weights) -> dict[str, Any]:
             "intensity": volumes.attrs.get("intensity"),
         },
         "simulated": bool(volumes.attrs["simulated"]),
-        "weights": {"name": "scratch" if weights.state_dict is None else weights.name, "sha256": weights.sha256},
+        "weights": about,
         "created_by": package_versions("torch", "torchvision", "zarr", "numpy"),
     }
 

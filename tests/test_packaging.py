@@ -46,20 +46,25 @@ def elsewhere(tmp_path_factory) -> Path:
 def test_the_commands_run_elsewhere(elsewhere, tmp_path):
     names = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert {"ingest", "extract", "probe"} <= set(names)
-    for name in names:
-        assert "Usage:" in run(elsewhere / name, "--help", cwd=tmp_path)
-    where = run(elsewhere / "python", "-c", "import ingest.cli; print(ingest.cli.__file__)", cwd=tmp_path)
-    assert str(elsewhere.parent) in where
-    assert str(ROOT) not in where
+    assert all((elsewhere / name).is_file() for name in names)
+    program = (
+        "import importlib.metadata, sys; found = importlib.metadata.distribution('brain-volumes').entry_points; "
+        "print(*(sys.modules[one.load().__module__].__file__ for one in found), sep='\\n')"
+    )
+    files = run(elsewhere / "python", "-c", program, cwd=tmp_path).splitlines()  # one process: torch takes seconds
+    assert len(files) == len(names)
+    for where in files:
+        assert str(elsewhere.parent) in where
+        assert str(ROOT) not in where
 
 
 def test_simulate_ingest_extract_probe_elsewhere(elsewhere, tmp_path):
-    run(elsewhere / "ingest", "simulate", "c", "--participants", 24, "--seed", 1, cwd=tmp_path)
+    run(elsewhere / "ingest", "simulate", "c", "--participants", 16, "--seed", 1, cwd=tmp_path)
     run(elsewhere / "ingest", "c", "s.zarr", "--phenotypes", "c/phenotypes.csv", cwd=tmp_path)
     run(elsewhere / "ingest", "report", "s.zarr", "qc.html", cwd=tmp_path)  # its template is in the wheel
     run(elsewhere / "extract", "s.zarr", "e.h5", "--weights", "random", "--view", "axial", cwd=tmp_path)
     probe = (elsewhere / "probe", "e.h5", "--targets", "sex,age", "--folds", 3, "--repeats", 1, "--json")
-    scores, again = (json.loads(run(*probe, *more, cwd=tmp_path)) for more in (("--report", "r.html"), ()))
-    assert scores == {**again, "report": "r.html"}  # a re-run gives the same scores
+    found = json.loads(run(*probe, "--report", "r.html", cwd=tmp_path))
+    assert {target["name"]: target["status"] for target in found["targets"]} == {"sex": "ok", "age": "ok"}
     page = (tmp_path / "r.html").read_text()
     assert "SIMULATED" in page.upper()
