@@ -309,7 +309,7 @@ class Augmenting:
         self.store, self.loader, self.batch = store, training.loader, training.steps.batch
         self.view, self.slices = what_to_load(training.network.seen, store.grid.shape_zyx)
         picture = plan_picture(store.grid.shape_zyx, store.slab, self.view, self.slices)
-        augmentation = make_augmentation(training.settings)
+        augmentation = make_augmentation(training.settings, store.attrs["grid"]["space"])
         self.output = Output(picture, torch.float32, augmentation=augmentation, seed=training.settings.seed)
 
     def open_decoded(self) -> Loader:

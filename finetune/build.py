@@ -31,6 +31,10 @@ from ingest.store import VolumeStore
 from loaders import Augmentation, Loader, open_loader
 from loaders.views import View, plan_picture
 
+#: How far scans that were brought into a standard space are moved unless told. There shape shows as position: shifts of
+#: millimetres hide differences of millimetres, and a network has nothing to learn from angles that it never meets.
+STANDARD_SPACE = {"rotation_deg": 2.0, "translation_mm": 1.0, "scale": 0.01}
+
 
 def make_input(settings: FinetuneSettings, weights: Weights) -> Input:
     """Return what a network sees; ValueError for a model, view or size that do not go together."""
@@ -100,7 +104,7 @@ def build_training(
             network.freeze(settings.freeze_until, batch_norm=settings.batch_norm == "frozen")
         wrapped = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     optimiser = make_optimiser(network, settings)
-    augmentation = make_augmentation(settings)
+    augmentation = make_augmentation(settings, store.attrs["grid"]["space"])
     loader = open_loader(
         store, rows=rows, view=view, slices=slices, batch_size=steps.micro, shuffle=True, seed=settings.seed,
         dtype="uint8" if augmentation is None else "float32", augmentation=augmentation, backend=settings.backend,
@@ -114,8 +118,14 @@ def build_training(
     )  # fmt: skip
 
 
-def make_augmentation(settings: FinetuneSettings) -> Augmentation | None:
-    """Return the augmentation of the settings; ValueError for an unknown part, naming the nearest one."""
+def make_augmentation(settings: FinetuneSettings, space: str) -> Augmentation | None:
+    """Return the augmentation of the settings, beside the defaults for the space that scans are in.
+
+    Raises
+    ------
+    ValueError
+        For an unknown part, naming the nearest one.
+    """
     if isinstance(settings.augmentation, str):
         return None
     known = [part.name for part in dataclasses.fields(Augmentation) if part.name != "crop"]
@@ -124,7 +134,7 @@ def make_augmentation(settings: FinetuneSettings) -> Augmentation | None:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else f", expected one of {', '.join(known)}"
             raise ValueError(f"augmentation {name!r} is unknown{hint}")
-    given: dict[str, Any] = dict(settings.augmentation)
+    given: dict[str, Any] = {**({} if space == "native" else STANDARD_SPACE), **settings.augmentation}
     return Augmentation(**given)
 
 

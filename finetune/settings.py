@@ -82,7 +82,8 @@ class FinetuneSettings(BaseModel):
     )
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: all classes count the same.")
     augmentation: dict[str, float] | Literal["none"] = Field(
-        default_factory=dict, description="NAME=RANGE of loaders.Augmentation, beside its defaults; or none."
+        default_factory=dict,
+        description="NAME=RANGE of loaders.Augmentation, beside the defaults for the scans' space; or none.",
     )
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of what is computed.")

@@ -18,6 +18,7 @@ from finetune.build import make_augmentation
 from finetune.cli import app
 from finetune.options import settings_from
 from finetune.settings import FinetuneSettings, make_settings, read_settings
+from loaders import Augmentation
 
 NAMES = list(FinetuneSettings.model_fields)
 
@@ -113,10 +114,16 @@ def test_what_is_wrong_is_named(wrong, message):
 
 def test_an_unknown_part_of_augmentation_names_the_nearest():
     with pytest.raises(ValueError, match=r"augmentation 'rotation' is unknown; did you mean rotation_deg\?"):
-        make_augmentation(make_settings({"augmentation": {"rotation": 3}}))
+        make_augmentation(make_settings({"augmentation": {"rotation": 3}}), "native")
     with pytest.raises(ValueError, match=r"noise is -1\.0, expected 0 <= noise"):
-        make_augmentation(make_settings({"augmentation": {"noise": -1}}))
-    assert make_augmentation(make_settings({"augmentation": "none"})) is None
+        make_augmentation(make_settings({"augmentation": {"noise": -1}}), "native")
+    assert make_augmentation(make_settings({"augmentation": "none"}), "native") is None
+
+
+def test_scans_in_a_standard_space_are_moved_less_unless_told():
+    assert make_augmentation(make_settings({}), "native") == Augmentation()
+    found = make_augmentation(make_settings({"augmentation": {"rotation_deg": 7, "noise": 0}}), "MNI152")
+    assert found == Augmentation(rotation_deg=7, translation_mm=1, scale=0.01, noise=0)
 
 
 @pytest.mark.parametrize(
