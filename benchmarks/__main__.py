@@ -153,7 +153,7 @@ def finetune_cohort_command(
 @app.command("nulls")
 def nulls_command(
     probe_seeds: Annotated[int, typer.Option(min=0, help="Exchanges of the phenotypes that are probed.")] = 20,
-    finetune_seeds: Annotated[int, typer.Option(min=0, help="Exchanges that are fine-tuned for.")] = 10,
+    finetune_seeds: Annotated[int, typer.Option(min=0, help="Exchanges that are fine-tuned for.")] = 20,
     directory: Directory = DIRECTORY / "finetune-cohort",
     json_file: JsonFile = None,
 ) -> None:

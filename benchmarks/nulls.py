@@ -39,7 +39,7 @@ def run_nulls(
     directory: Path,
     *,
     probe_seeds: int = 20,
-    finetune_seeds: int = 10,
+    finetune_seeds: int = 20,
     plan: CohortPlan = PLAN,
     tell: Callable[[str], None] = print,
 ) -> Report:

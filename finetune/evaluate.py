@@ -126,7 +126,7 @@ def score_head(
     rows: np.ndarray | None = None,
     seed: int = 0,
 ) -> TargetResult:
-    """Score the predictions of one target.
+    """Score the predictions of one target; r and R2 of a count are those of log(1 + count), as probes have them.
 
     Intervals are percentiles over draws of the people tested, see `extract.probing.bootstrap`; without draws they are
     not known (NaN). They tell nothing of who was trained on.
@@ -190,9 +190,10 @@ def _scores(head: Head, truth: np.ndarray, predicted: np.ndarray) -> dict[str, f
         codes = truth.astype(np.int64)
         frequencies = np.array(head.frequencies)
         return {"auc": auc(codes, predicted), "balanced_accuracy": balanced_accuracy(codes, predicted, frequencies)}
+    learnt = head.scaled(truth), head.scaled(predicted)
     return {
-        "r": pearson(truth, predicted),
-        "r2": r_squared(truth, predicted, head.typical),
+        "r": pearson(*learnt),
+        "r2": r_squared(*learnt, head.guess),
         "mae": mean_absolute_error(truth, predicted),
     }
 
@@ -203,9 +204,9 @@ def _weighted(name: str, head: Head, truth: np.ndarray, predicted: np.ndarray, w
     if name == "balanced_accuracy":
         return weighted_balanced_accuracy(truth.astype(np.int64), predicted, np.array(head.frequencies), weights)
     if name == "r":
-        return weighted_pearson(truth, predicted, weights)
+        return weighted_pearson(head.scaled(truth), head.scaled(predicted), weights)
     if name == "r2":
-        return weighted_r_squared(truth, predicted, head.typical, weights)
+        return weighted_r_squared(head.scaled(truth), head.scaled(predicted), head.guess, weights)
     return weighted_mean_absolute_error(truth, predicted, weights)
 
 

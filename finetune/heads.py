@@ -50,6 +50,15 @@ class Head:
         """The headline among its scores: ``auc`` or ``r``."""
         return "auc" if self.labels else "r"
 
+    @property
+    def guess(self) -> float:
+        """The mean of the scans trained on, on the scale of `scaled`."""
+        return self.mean if self.task == "count" else self.typical
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """Return values on the scale on which they are learnt and scored: of counts, log(1 + count)."""
+        return np.log1p(values) if self.task == "count" else values
+
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Turn values of the target into numbers to learn, float32 (scan,); NaN stays NaN.
 
@@ -60,7 +69,7 @@ class Head:
             return np.where(np.isnan(values), np.nan, places).astype(np.float32)
         if self.labels:
             return values.astype(np.float32)
-        scaled = np.log1p(values) if self.task == "count" else values
+        scaled = self.scaled(values)
         return ((scaled - self.mean) / self.std).astype(np.float32)
 
     def predict(self, outputs: np.ndarray) -> np.ndarray:

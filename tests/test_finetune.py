@@ -38,6 +38,7 @@ from finetune.checkpoints import BEST, LAST, load_run
 from finetune.cohort import read_cohort
 from finetune.errors import NonFiniteLossError
 from finetune.evaluate import predict_rows, score_head
+from finetune.heads import Head
 from finetune.results import RunResult, read_result
 from finetune.run import finetune
 from finetune.settings import make_settings, read_settings
@@ -183,6 +184,17 @@ def test_predictions_are_those_of_the_best_weights(finished, store, table):
     assert age.metrics["mae"].score == pytest.approx(finished.test[1].metrics["mae"].score)
     split = pd.read_csv(finished.run_dir / "split.csv").set_index("participant")["part"]
     assert (split[predictions["participant"]].to_numpy() == predictions["part"]).all()
+
+
+def test_counts_are_scored_as_probes_score_them():
+    rng = np.random.default_rng(0)
+    truth, people = rng.poisson(3, 80).astype(float), np.arange(80)
+    predicted = truth * rng.uniform(0.3, 2, 80)
+    count = score_head(Head("n", "count", mean=1.3, std=0.5, typical=3.2), truth, predicted, people)
+    value = score_head(Head("n", "continuous", typical=1.3), np.log1p(truth), np.log1p(predicted), people)
+    for name in ("r", "r2"):
+        assert count.metrics[name] == value.metrics[name]
+    assert count.metrics["mae"].score == pytest.approx(np.abs(truth - predicted).mean())
 
 
 def test_balanced_classes_are_taken_as_equally_likely(finished):
