@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks.finetune_cohort import PLAN, CohortPlan, described, prepare_cohort
-from benchmarks.results import Report, Result, show
+from benchmarks.results import Report, Result
 from extract import build_encoder, extract
 from extract.probing.probe import probe
 from extract.probing.results import Interval, TargetResult
@@ -155,7 +157,13 @@ def summarise(intervals: list[Interval], seeds: int) -> dict[str, Any]:
 
 def show_nulls(report: Report, console: Console) -> None:
     """Print mean scores, and what the intervals are worth."""
-    show(report, console)
+    table = Table(title=f"benchmark {report.name}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("what", "metric", "mean", "lowest", "highest", "seeds"):
+        table.add_column(column, justify="left" if column in ("what", "metric") else "right")
+    for one in report.results:
+        seeds = report.settings["seeds"][one.name.split(",")[0]]
+        table.add_row(one.name, one.unit, *(f"{score:.3f}" for score in (one.value, one.low, one.high)), str(seeds))
+    console.print(table, highlight=False)
     for way, found in report.settings["summary"].items():
         if found:
             line = f"{way}: {found['hold_chance']} of {found['intervals']} intervals hold chance"
