@@ -357,7 +357,9 @@ def test_weights_of_a_run_are_where_another_one_begins(store, tmp_path):
     encoder = first.network.encoder.state_dict()
     for name, value in following.network.encoder.state_dict().items():
         assert torch.equal(value, encoder[name]) or name.endswith("num_batches_tracked")
-    assert following.attrs["weights"] == {"name": "first/best.pt (epoch 1)", "sha256": first.sha256}
+    weights = following.attrs["weights"]
+    assert (weights["name"], weights["sha256"]) == ("first/best.pt (epoch 1)", first.sha256)
+    assert "was trained on people of this store" in weights["notes"][0]
     assert first.attrs["weights"]["name"] == "scratch"
 
 
