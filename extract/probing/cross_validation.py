@@ -155,7 +155,7 @@ def regression(truths: np.ndarray, counts: Sequence[bool], groups: Groups, weigh
     outcomes = np.where(np.array(counts), np.log1p(np.where(counts, truths, 0)), truths)
 
     def model(train: np.ndarray, test: np.ndarray, fold: Fold) -> list[Outcome]:
-        fit = ridge(train, outcomes[fold.train], _left_out(groups, fold.train))
+        fit = ridge(train, outcomes[fold.train], left_out(groups, fold.train))
         fitted = fit.decide(test)
         drawn = None if weights is None else weights[:, groups.units[fold.test]].astype(np.float32)
         return [
@@ -209,11 +209,17 @@ def fit_classes(train: np.ndarray, codes: np.ndarray, groups: Groups, rows: np.n
         If a class has too few people.
     """
     inner = penalty_folds(groups, codes, rows, seed, _FOLDS_OF_MANY if len(rows) > _MANY_SCANS else _INNER_FOLDS)
-    return logistic(train, codes, inner, _left_out(groups, rows))
+    return logistic(train, codes, inner, left_out(groups, rows))
 
 
-def _left_out(groups: Groups, rows: np.ndarray) -> np.ndarray:
-    """Return who is left out together to choose a penalty: groups, or people if one group is trained on (of two)."""
+def left_out(groups: Groups, rows: np.ndarray) -> np.ndarray:
+    """Return who is left out together to choose a penalty: groups, or people if one group is trained on (of two).
+
+    Parameters
+    ----------
+    rows
+        int, (training scan,) rows of `groups`.
+    """
     together = groups.together[rows]
     return together if len(np.unique(together)) > 1 else groups.people[rows]
 

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from extract.embeddings import Embeddings
 from extract.probing.confounds import ConfoundCoding, fit_coding, fit_residualiser, match_confounds, read_confounds
-from extract.probing.cross_validation import fit_classes
+from extract.probing.cross_validation import fit_classes, left_out
 from extract.probing.groups import read_groups
 from extract.probing.linear import ridge
 from extract.probing.logistic import probabilities
@@ -229,7 +229,7 @@ def refit(
             fit = fit_classes(features, codes, groups, np.arange(len(codes)), [settings.seed])
         else:
             outcome = np.log1p(truth) if found.task == "count" else truth
-            fit = ridge(features, outcome[:, None], groups.together)
+            fit = ridge(features, outcome[:, None], left_out(groups, np.arange(len(outcome))))
     outputs = len(fit.intercept)
     model = ProbeModel(
         name=name,

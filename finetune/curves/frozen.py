@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from extract import Embeddings, build_encoder, open_embeddings
 from extract.encoder import InputWarning
 from extract.models import family_of
-from extract.probing.cross_validation import fit_classes
+from extract.probing.cross_validation import fit_classes, left_out
 from extract.probing.groups import Groups, read_groups
 from extract.probing.linear import ridge
 from extract.probing.logistic import probabilities
@@ -153,8 +153,7 @@ def _fit(
             fit = fit_classes(train, codes, groups, np.arange(len(codes)), [seed])
             return probabilities(fit.decide(test)), float(fit.penalties[0])
         outcome = np.log1p(values) if target.task == "count" else values
-        together = groups.together if groups.together.max() > 0 else groups.people
-        fit = ridge(train, outcome[:, None], together)
+        fit = ridge(train, outcome[:, None], left_out(groups, np.arange(len(outcome))))
         decided = fit.decide(test)[:, 0]
     if target.task == "count":
         decided = np.maximum(np.expm1(np.clip(decided, -1, 700)), 0.0)
