@@ -39,7 +39,7 @@ from extract.distributed import Group
 from extract.fast import memory_for
 from finetune.build import build_network, build_training, find_weights, make_augmentation
 from finetune.cohort import Cohort
-from finetune.evaluate import what_to_load
+from finetune.evaluate import what_to_augment, what_to_load
 from finetune.heads import Head
 from finetune.settings import make_settings
 from finetune.split import Split
@@ -310,7 +310,10 @@ class Augmenting:
         self.view, self.slices = what_to_load(training.network.seen, store.grid.shape_zyx)
         picture = plan_picture(store.grid.shape_zyx, store.slab, self.view, self.slices)
         augmentation = make_augmentation(training.settings, store.attrs["grid"]["space"])
-        self.output = Output(picture, torch.float32, augmentation=augmentation, seed=training.settings.seed)
+        planes = what_to_augment(training.network.seen, store.grid.shape_zyx)
+        self.output = Output(
+            picture, torch.float32, augmentation=augmentation, seed=training.settings.seed, planes=planes
+        )
 
     def open_decoded(self) -> Loader:
         """Open a loader of the same batches as they are before: scaled already on a CPU, and bytes on a GPU."""

@@ -19,7 +19,7 @@ from extract.inputs import as_crop, as_size, pictures_of, target_size
 from extract.models import check_picture, family_of
 from extract.weights import Weights, load_weights
 from finetune.cohort import Cohort
-from finetune.evaluate import what_to_load
+from finetune.evaluate import what_to_augment, what_to_load
 from finetune.heads import Head
 from finetune.memory import most_scans
 from finetune.network import Input, ScanNetwork, check_model
@@ -105,10 +105,11 @@ def build_training(
         wrapped = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     optimiser = make_optimiser(network, settings)
     augmentation = make_augmentation(settings, store.attrs["grid"]["space"])
+    planes = None if augmentation is None else what_to_augment(network.seen, store.grid.shape_zyx)
     loader = open_loader(
         store, rows=rows, view=view, slices=slices, batch_size=steps.micro, shuffle=True, seed=settings.seed,
-        dtype="uint8" if augmentation is None else "float32", augmentation=augmentation, backend=settings.backend,
-        device=device, threads=settings.threads, on_error=settings.on_error,
+        dtype="uint8" if augmentation is None else "float32", augmentation=augmentation, planes=planes,
+        backend=settings.backend, device=device, threads=settings.threads, on_error=settings.on_error,
         rank=group.rank, world_size=group.size,
     )  # fmt: skip
     return Training(

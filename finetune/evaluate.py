@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from extract.inputs import slices_to_load
+from extract.inputs import seen_slices, slices_to_load
 from extract.probing.bootstrap import (
     draw_weights,
     percentile_interval,
@@ -52,6 +52,15 @@ def what_to_load(seen: Input, shape_zyx: tuple[int, int, int]) -> tuple[View, li
     """Return view and slices for a loader: the slices of one plane, or volumes and none."""
     slices = slices_to_load(shape_zyx, seen.view, seen.slices, seen.crop).tolist()
     return (seen.view if slices else View.volume), slices
+
+
+def what_to_augment(seen: Input, shape_zyx: tuple[int, int, int]) -> list[np.ndarray] | None:
+    """Return the slices along z, y and x that will be cut out of volumes; None where all that is loaded is seen."""
+    if seen.view is not View.triplanar:
+        return None
+    return [
+        seen_slices(shape_zyx, plane, seen.slices, seen.crop) for plane in (View.axial, View.coronal, View.sagittal)
+    ]
 
 
 def predict_rows(

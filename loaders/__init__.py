@@ -1,6 +1,6 @@
 """Batches of brain volumes from a store, at the speed of the hardware."""
 
-from loaders.augment import Augmentation
+from loaders.augmentation import Augmentation
 from loaders.dataset import Sample, VolumeDataset
 from loaders.errors import CorruptShardError, ShardError, SlowReadError
 from loaders.loader import Batch, Loader

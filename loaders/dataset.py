@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
-from loaders.augment import Augmentation
+from loaders.augmentation import Augmentation
 from loaders.output import Output, torch_dtype
 from loaders.reader import VolumeReader
 from loaders.select import select_rows

@@ -12,7 +12,7 @@ import torch
 
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
-from loaders.augment import Augmentation
+from loaders.augmentation import Augmentation
 from loaders.cache import ShardCache
 from loaders.layout import check_layout
 from loaders.loader import Loader
@@ -40,6 +40,7 @@ def open_loader(
     channels: int | None = None,
     channels_last: bool = False,
     augmentation: Augmentation | None = None,
+    planes: Sequence[np.ndarray] | None = None,
     shuffle: bool = False,
     seed: int = 0,
     weights: Sequence[float] | np.ndarray | None = None,
@@ -78,6 +79,9 @@ def open_loader(
         1 or 3: an axis of so many equal channels; in torch's channels-last memory format.
     augmentation
         See `loaders.Augmentation`; each scan's depends on the seed, the epoch, and its place in the epoch alone.
+    planes
+        Of volumes that are augmented: the only slices that will be looked at, as indices along z, y and x. What they
+        show does not change, and takes a fraction of the time; the rest of the volume is 0.
     shuffle, seed
         Visit the scans in an order that depends on the seed and the epoch alone: not on the backend, the batch size,
         the number of threads or ranks.
@@ -141,7 +145,7 @@ def open_loader(
     rank, world_size = _choose_rank(rank, world_size)
     sampling = Sampling(wanted, shuffle, seed, drawn, strata, batch_size, rank, world_size, drop_last)
     picture = plan_picture(opened.grid.shape_zyx, opened.slab, view, slices)
-    output = Output(picture, torch_dtype(dtype), mean, std, channels, channels_last, augmentation, seed)
+    output = Output(picture, torch_dtype(dtype), mean, std, channels, channels_last, augmentation, seed, planes)
     cache = None if cache_dir is None else ShardCache(Path(cache_dir), cache_bytes, opened, picture.slabs)
     if threads is None:
         threads = min(8, len(os.sched_getaffinity(0))) if isinstance(opened.path, Path) else _REMOTE_THREADS

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ingest.store import VolumeStore
-from loaders.augment import Augmentation, augment
+from loaders.augment import augment, check_planes
+from loaders.augmentation import Augmentation
 from loaders.decode import Decoder
 from loaders.views import Picture, View
 
@@ -40,6 +42,8 @@ class Output:
         None for none.
     seed
         Of the augmentation.
+    planes
+        None, or of volumes the slices that alone are augmented, see `loaders.augment.augment`.
     """
 
     picture: Picture
@@ -50,6 +54,7 @@ class Output:
     channels_last: bool = False
     augmentation: Augmentation | None = None
     seed: int = 0
+    planes: Sequence[np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in (None, 1, 3):
@@ -65,6 +70,8 @@ class Output:
                 raise ValueError("uint8 pictures are not normalised: leave mean and std, or choose a floating dtype")
             if self.augmentation is not None:
                 raise ValueError("uint8 pictures are not augmented; choose dtype float32, float16 or bfloat16")
+        if self.planes is not None:
+            check_planes(self.planes, self.picture.shape, self.augmentation, str(self.picture.view))
 
     def gain_and_bias(self) -> tuple[float, float]:
         """Return (gain, bias) by which stored levels become what is wanted, or what is augmented first."""
@@ -102,7 +109,7 @@ class Output:
             images = _scaled(images, *self.gain_and_bias(), dtype)
         if self.augmentation is not None:
             keys = np.stack([np.full_like(positions, self.seed), np.full_like(positions, epoch), positions], axis=1)
-            images = augment(images, self.augmentation, keys, view=str(self.picture.view))
+            images = augment(images, self.augmentation, keys, view=str(self.picture.view), planes=self.planes)
             if (self.mean, self.std) != (0, 1):
                 images = images.sub_(self.mean).div_(self.std)
             images = images.to(self.dtype)

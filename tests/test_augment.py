@@ -12,8 +12,10 @@ import pytest
 import torch
 from scipy import ndimage
 
+import loaders.augment as augment_module
 import loaders.noise as noise_module
-from loaders.augment import Augmentation, Draw, augment, draw
+from loaders.augment import augment
+from loaders.augmentation import Augmentation, Draw, draw
 from loaders.noise import add_noise, hash_counters
 
 SIZE = (24, 32, 28)
@@ -21,6 +23,7 @@ OFF = Augmentation(rotation_deg=0, translation_mm=0, scale=0, gain=0, gamma=0, n
 GEOMETRY = dataclasses.replace(OFF, rotation_deg=25, translation_mm=4, scale=0.2)
 GREY = torch.full((4, *SIZE), 0.5)
 EVERYTHING = Augmentation(flip=0.5, crop=(20, 28, 24))
+EVERYTHING_WHOLE = dataclasses.replace(EVERYTHING, crop=None)
 KEYS = np.array([[1, 0, 17], [1, 0, 4], [1, 1, 17], [2, 0, 17]])
 PLANES = {"axial": 1, "coronal": 2, "sagittal": 3}  # the axis of (scan, z, y, x) across each
 
@@ -190,9 +193,9 @@ def test_hash_is_lowbias32_with_keys() -> None:
 
 def noise_of(key: list[int], size: tuple[int, ...] = (37, 41, 39), view: int = 0) -> np.ndarray:
     """Return noise with a standard deviation of 1."""
-    image = torch.zeros(size)
-    add_noise(image, 1.0, torch.from_numpy(draw(OFF, np.array(key)).noise_keys[view].view(np.int32)))
-    return image.double().numpy()
+    image = torch.zeros((1, *size))
+    add_noise(image, torch.ones(1), torch.from_numpy(draw(OFF, np.array(key)).noise_keys[[view]].view(np.int32)))
+    return image[0].double().numpy()
 
 
 def test_noise_is_normal_and_white() -> None:
@@ -371,6 +374,34 @@ def test_planes_of_a_triplanar_view_share_a_head() -> None:
     assert gains[0] == gains[1] == gains[2]
     noises = [augment(images, only(noise=0.2), KEYS[:1], view=view) for view in PLANES]
     assert not torch.equal(noises[0], noises[1])
+
+
+@pytest.mark.parametrize("view", ["volume", *PLANES])
+def test_scans_that_are_changed_together_become_what_each_becomes(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = EVERYTHING_WHOLE
+    alone = augment(smooth(), ranges, KEYS, view=view)
+    monkeypatch.setitem(augment_module._AT_ONCE, "cpu", 3 * GREY[0].numel())
+    np.testing.assert_allclose(augment(smooth(), ranges, KEYS, view=view), alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("ranges", [EVERYTHING_WHOLE, only(noise=0.1), only(bias_field=0.3, flip=1.0)])
+def test_planes_are_those_of_the_whole(ranges: Augmentation) -> None:
+    images, planes = smooth(), [np.array([3, 11]), np.array([0, 16, 31]), np.array([27])]
+    whole, got = augment(images, ranges, KEYS), augment(images, ranges, KEYS, planes=planes)
+    wanted = torch.zeros(SIZE, dtype=torch.bool)
+    for axis, index in enumerate(planes):
+        wanted.index_fill_(axis, torch.from_numpy(index), True)
+        of_both = [volume.index_select(1 + axis, torch.from_numpy(index)) for volume in (got, whole)]
+        np.testing.assert_allclose(*of_both, atol=2e-6)
+    assert not got[:, ~wanted].any()
+    assert torch.equal(got[1:2], augment(images[1:2], ranges, KEYS[1:2], planes=planes))
+
+
+def test_planes_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"planes are \[\[24\], \[\], \[\]\], expected indices"):
+        augment(smooth(), EVERYTHING_WHOLE, KEYS, planes=[np.array([24]), np.array([], int), np.array([], int)])
+    with pytest.raises(ValueError, match="planes go with whole volumes"):
+        augment(smooth(), EVERYTHING, KEYS, planes=[np.array([1])] * 3)
 
 
 @pytest.mark.gpu

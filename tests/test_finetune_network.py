@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from extract.inputs import slices_to_load
+from extract.inputs import pictures_of, slices_to_load
 from extract.probing.targets import Target
 from extract.weights import Weights
 from finetune.build import build_network, check_volumes
+from finetune.evaluate import what_to_augment
 from finetune.heads import Head, make_head
 from finetune.losses import class_weights, loss_sums, scan_weights
 from finetune.network import GatedAttention, ScanNetwork, check_model, stage_names
@@ -298,6 +299,20 @@ def test_the_rate_grows_and_falls_as_a_half_cosine():
     np.testing.assert_allclose(factors(10, 0.2), [0.5, 1, *falling])
     np.testing.assert_allclose(factors(8, 0.0), falling)
     np.testing.assert_allclose(factors(1, 0.1), [1])
+
+
+@pytest.mark.parametrize("crop", [None, (13, 16, 11)])
+def test_of_three_planes_no_more_is_augmented_than_is_seen(crop):
+    seen = make_network([SEX], view="triplanar", slices=3, crop=crop).seen
+    images = torch.rand(2, 18, 20, 16) + 0.1
+    planes = what_to_augment(seen, (18, 20, 16))
+    only = torch.zeros_like(images)
+    for axis, index in enumerate(planes, start=1):
+        only.index_copy_(axis, torch.from_numpy(index), images.index_select(axis, torch.from_numpy(index)))
+    assert (only == 0).float().mean() > 0.5
+    for part, whole in zip(*(pictures_of(i, seen.view, 3, crop, cut=False) for i in (only, images)), strict=True):
+        assert torch.equal(part, whole)
+    assert what_to_augment(make_network([SEX], view="axial").seen, (18, 20, 16)) is None
 
 
 @pytest.mark.parametrize("kind", ["triplanar", "volume", "frozen"])

@@ -215,6 +215,7 @@ def test_a_count_may_be_of_any_integer_type():
         ({"dtype": "uint8", "mean": 0.5}, "uint8 pictures are not normalised"),
         ({"dtype": "uint8", "std": 2.0}, "uint8 pictures are not normalised"),
         ({"dtype": "uint8", "augmentation": Augmentation()}, "uint8 pictures are not augmented"),
+        ({"planes": [[0], [0], [0]]}, "planes go with whole volumes that are augmented, not with volume and None"),
         ({"channels": 2}, "channels is 2, expected None, 1 or 3"),
         ({"channels": 0}, "channels is 0"),
         ({"channels_last": True}, "channels_last needs an axis of channels"),

@@ -304,6 +304,22 @@ def test_an_augmented_scan_is_the_same_for_any_batch_rank_backend_and_after_a_st
     check(found)
 
 
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_planes_of_augmented_volumes_are_those_of_the_whole(store, backend):
+    options = {"dtype": "float32", "augmentation": Augmentation(), "batch_size": 4, "backend": backend, "threads": 1}
+    planes = [np.array([1, 5]), np.array([0]), np.array([2, 3])]
+    with open_loader(store, **options) as loader:
+        whole = pictures(loader)
+    with open_loader(store, planes=planes, **options) as loader:
+        found = pictures(loader)
+    assert sorted(found) == OK
+    for row, volume in found.items():
+        for axis, index in enumerate(planes):
+            cuts = [one.index_select(axis, torch.from_numpy(index)) for one in (volume, whole[row])]
+            torch.testing.assert_close(*cuts, atol=2e-6, rtol=0)
+        assert not volume[0, 1, 0], "what nobody looks at is not made"
+
+
 # --------------------------------------------------------------------------------------------------------- which scans
 
 
