@@ -97,6 +97,8 @@ def build_training(
     rows = cohort.rows_of("train")
     most = min(group.gather_all(settings.micro_batch or most_scans(network, picture.shape, dtype)))
     steps = plan_steps(len(rows), settings, most, group.size)
+    if steps.warning is not None:
+        cohort.warnings.append(steps.warning)
     wrapped: nn.Module = network
     if group.size > 1:
         if device.type == "cuda":

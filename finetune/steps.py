@@ -23,6 +23,8 @@ class Steps:
         Steps of an epoch; what is left over of the scans waits for the next one, which has another order.
     epochs
         In all.
+    most
+        Scans that a process could see at a time.
     """
 
     batch: int
@@ -30,6 +32,24 @@ class Steps:
     accumulate: int
     per_epoch: int
     epochs: int
+    most: int
+
+    @property
+    def warning(self) -> str | None:
+        """What to say of a batch that does not divide into parts of a size that devices like; None for most."""
+        if 2 * self.micro >= self.most:
+            return None
+        return (
+            f"a step's {self.accumulate * self.micro} scans of each process are taken {self.micro} at a time, though "
+            f"{self.most} would fit, for they divide into no larger parts: --batch-size {self.rounded} would be faster"
+        )
+
+    @property
+    def rounded(self) -> int:
+        """The nearest batch that processes take in parts as large as they can."""
+        processes = self.batch // (self.accumulate * self.micro)
+        parts = max(1, round(self.accumulate * self.micro / self.most))
+        return processes * parts * self.most
 
     @property
     def total(self) -> int:
@@ -66,4 +86,4 @@ def plan_steps(scans: int, settings: FinetuneSettings, most: int, processes: int
         micro = next(size for size in range(limit, 0, -1) if share % size == 0)
     per_epoch = max(1, scans // batch)
     epochs = max(settings.epochs, -(-settings.min_steps // per_epoch))
-    return Steps(batch, micro, -(-share // micro), per_epoch, epochs)
+    return Steps(batch, micro, -(-share // micro), per_epoch, epochs, limit)

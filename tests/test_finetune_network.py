@@ -455,6 +455,20 @@ def test_steps_see_the_same_scans_however_many_processes_share_them(scans, share
     }
 
 
+@pytest.mark.parametrize(
+    ("batch", "processes", "advised"),
+    [(13, 1, 16), (26, 1, 24), (26, 2, 32), (16, 1, None), (14, 1, None), (5, 1, None)],
+)
+def test_a_batch_that_does_not_divide_is_warned_of(batch, processes, advised):
+    steps = plan_steps(1000, FinetuneSettings(batch_size=batch), 8, processes)
+    if advised is None:
+        assert steps.warning is None
+    else:
+        assert f"are taken {steps.micro} at a time, though 8 would fit" in steps.warning
+        assert steps.warning.endswith(f"--batch-size {advised} would be faster")
+        assert plan_steps(1000, FinetuneSettings(batch_size=advised), 8, processes).warning is None
+
+
 def test_few_scans_are_taken_many_at_a_time():
     """Batch norms want more than one: a number of scans without divisors must not be taken one by one."""
     steps = plan_steps(17, FinetuneSettings(batch_size=32), most=8)
