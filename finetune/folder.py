@@ -10,7 +10,7 @@ from finetune.checkpoints import BEST, LAST, read_training, write_checkpoint
 from finetune.logs import TENSORBOARD
 from finetune.results import EPOCHS, PREDICTIONS, REPORT, RESULTS, SETTINGS, SPLIT
 from finetune.settings import FinetuneSettings, make_settings, read_settings
-from finetune.split import Split, write_split
+from finetune.split import Split, read_split, write_split
 from ingest.errors import StoreError
 
 #: What may be another when a run goes on: none of it is about what is learnt. With dropout, and batch norms that are
@@ -37,11 +37,22 @@ def check_folder(run_dir: Path, settings: FinetuneSettings, *, overwrite: bool) 
     before = _begun_with(run_dir)
     for name, value in settings.model_dump().items():
         was = getattr(before, name)
-        if value != was and name not in FREE and not overwrite:
+        same = value == was or (name == "split" and _same_split(run_dir, value))
+        if not same and name not in FREE and not overwrite:
             raise ValueError(
                 f"{run_dir} was begun with {name} {was!r}, not {value!r}; use the same settings to go on, another "
                 "folder, or --overwrite to begin anew"
             )
+
+
+def _same_split(run_dir: Path, split: str | None) -> bool:
+    """Return whether a file of a split, wherever it lies by now, says what the run has written down."""
+    if split is None:
+        return False
+    try:
+        return read_split(Path(split)) == read_split(run_dir / SPLIT)
+    except ValueError:  # it is not there
+        return False
 
 
 def begin_folder(run_dir: Path, settings: FinetuneSettings, split: Split, *, overwrite: bool) -> None:

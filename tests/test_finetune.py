@@ -213,6 +213,13 @@ def test_a_finished_run_is_returned_as_it_is(finished, store, tmp_path, monkeypa
     assert contents(finished.run_dir) == before
     free = settings.model_copy(update={"threads": 2, "micro_batch": 2, "checkpointing": True})
     assert finetune(str(store), finished.run_dir, free, report=False).steps == finished.steps
+    elsewhere = tmp_path / "elsewhere.csv"
+    elsewhere.write_bytes((finished.run_dir / "split.csv").read_bytes())
+    moved = settings.model_copy(update={"split": str(elsewhere)})  # as of a curve whose folder is somewhere else by now
+    assert finetune(str(store), finished.run_dir, moved, report=False).steps == finished.steps
+    elsewhere.write_text(elsewhere.read_text().replace(",test", ",train", 1))
+    with pytest.raises(ValueError, match=r"all was begun with split None, not .*elsewhere\.csv"):
+        finetune(str(store), finished.run_dir, moved, report=False)
     with pytest.raises(ValueError, match=r"all was begun with lr 0\.01, not 0\.02; use the same settings to go on"):
         finetune(str(store), finished.run_dir, settings.model_copy(update={"lr": 0.02}), report=False)
     assert call_command(monkeypatch, store, finished.run_dir, "--target", "age") == 1
