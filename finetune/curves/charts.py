@@ -64,18 +64,15 @@ def _draw_target(figure: SubFigure, curve: TargetCurve, *, named: bool) -> None:
         axes[0].set_title(shorten(curve.name, 50), loc="left", fontsize=10, fontweight="bold")
     if compared:
         _draw_gaps(axes[1], curve)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4, handlelength=1.8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=5, handlelength=1.8)
 
 
 def _draw_scores(axes: Axes, curve: TargetCurve) -> None:
     metric = METRICS.get(curve.metric, curve.metric)
     axes.axhline(curve.chance, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="chance")
     if np.isfinite(curve.smallest):
-        axes.axhline(curve.smallest, color=GREY, linewidth=1, linestyle=(0, (1, 2)))
-        axes.text(
-            0.995, curve.smallest, "80 % power to tell from chance", transform=axes.get_yaxis_transform(), ha="right",
-            va="bottom", fontsize=7, color=GREY,
-        )  # fmt: skip
+        dots = (0, (1, 1.5))
+        axes.axhline(curve.smallest, color=GREY, linewidth=1.2, linestyle=dots, label="80 % power against chance")
     methods = list(dict.fromkeys(point.method for point in curve.points))
     for number, method in enumerate(methods):
         colour, marker, name = STYLES[method]
