@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -141,26 +140,29 @@ def _upload(
 ) -> tuple[_Changes, list[torch.Tensor]]:
     """Return what happens to all scans, and cosines along each axis: a copy between kernels makes a GPU wait."""
 
-    def upload(values: Sequence[Any], dtype: type = np.float32) -> torch.Tensor:
-        return torch.from_numpy(np.stack(values).astype(dtype, copy=False)).to(device, non_blocking=True)
+    def of_all(name: str) -> np.ndarray:
+        return np.stack([getattr(drawn, name) for drawn in draws])
+
+    def upload(values: np.ndarray, dtype: type = np.float32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(device, non_blocking=True)
 
     positions = bias = exponent = gain = noise_sd = noise_keys = None
     cosines = []
     if ranges.rotation_deg or ranges.translation_mm or ranges.scale:
-        moves = [sampling_positions(drawn.angles, drawn.shift, drawn.scale, view, size) for drawn in draws]
-        positions = tuple(upload(summands) for summands in zip(*moves, strict=True))
+        summands = sampling_positions(of_all("angles"), of_all("shift"), of_all("scale"), view, size)
+        positions = tuple(upload(along_axis) for along_axis in summands)
     if ranges.bias_field:
         # A slice shows no change along the axis across it.
         seen = tuple(slice(None) if axis in HEAD_AXES[view] else 0 for axis in (2, 1, 0))
-        bias = upload([bias_weights(drawn.bias[seen], drawn.bias_peak) for drawn in draws])
-        cosines = [upload(list(along(n))) for n in size]
+        bias = upload(bias_weights(of_all("bias")[(slice(None), *seen)], of_all("bias_peak")))
+        cosines = [upload(along(n)) for n in size]
     if ranges.gamma:
-        exponent = upload([drawn.exponent for drawn in draws])
+        exponent = upload(of_all("exponent"))
     if ranges.gain:
-        gain = upload([drawn.gain for drawn in draws])
+        gain = upload(of_all("gain"))
     if ranges.noise:
-        noise_sd = upload([drawn.noise_sd for drawn in draws])
-        noise_keys = upload([drawn.noise_keys[VIEWS.index(view)].view(np.int32) for drawn in draws], np.int32)
+        noise_sd = upload(of_all("noise_sd"))
+        noise_keys = upload(of_all("noise_keys")[:, VIEWS.index(view)].view(np.int32), np.int32)
     return _Changes(positions, bias, exponent, gain, noise_sd, noise_keys), cosines
 
 

@@ -15,6 +15,8 @@ VIEWS = tuple(HEAD_AXES)
 _AT_MOST = {"rotation_deg": 180, "noise": 1, "flip": 1}
 _BELOW = {"translation_mm": math.inf, "scale": 1, "gain": 1, "gamma": math.inf, "bias_field": math.inf}
 _STREAM = 0x61756700  # sets our random numbers apart from others that are seeded with the same integers
+_ORDERS = np.indices((ORDER + 1,) * 3).sum(axis=0)
+_LOW_ORDERS = (_ORDERS > 0) & (_ORDERS <= ORDER)  # the cosines of a bias field
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,7 @@ def draw(augmentation: Augmentation, key: np.ndarray) -> Draw:
     rng = np.random.default_rng([_STREAM, *words.tolist()])
     symmetric = rng.uniform(-1, 1, 9)
     positive = rng.uniform(0, 1, 6)
-    orders = np.indices((ORDER + 1,) * 3).sum(axis=0)
-    bias = rng.uniform(-1, 1, orders.shape)
+    bias = rng.uniform(-1, 1, _LOW_ORDERS.shape)
     return Draw(
         flip=bool(positive[0] < augmentation.flip),
         angles=np.deg2rad(augmentation.rotation_deg * symmetric[:3]),
@@ -124,7 +125,7 @@ def draw(augmentation: Augmentation, key: np.ndarray) -> Draw:
         exponent=math.exp(augmentation.gamma * symmetric[8]),
         noise_sd=augmentation.noise * float(positive[1]),
         bias_peak=augmentation.bias_field * float(positive[2]),
-        bias=np.where((orders > 0) & (orders <= ORDER), bias, 0.0),
+        bias=bias * _LOW_ORDERS,
         noise_keys=rng.integers(2**32, size=(len(VIEWS), 2, 2), dtype=np.uint32),
         crop=positive[3:],
     )

@@ -20,12 +20,27 @@ def along(length: int) -> np.ndarray:
     return cosines_at((np.arange(length) + 0.5) / length)
 
 
-def bias_weights(weights: np.ndarray, peak: float) -> np.ndarray:
-    """Scale the weights of a field, (order,) * axes, so that its largest absolute value is about `peak`; float32."""
-    field = weights
-    for _ in range(weights.ndim):  # each turn spends the first axis and appends the new one
-        field = np.tensordot(field, cosines_at(np.linspace(0, 1, 13)), axes=(0, 1))
-    return (weights * (peak / np.abs(field).max())).astype(np.float32)
+def bias_weights(weights: np.ndarray, peaks: np.ndarray) -> np.ndarray:
+    """Scale the weights of fields so that their largest absolute values are about `peaks`.
+
+    Parameters
+    ----------
+    weights
+        (scan, order, ...), of the products of cosines along the axes; not all 0.
+    peaks
+        (scan,).
+
+    Returns
+    -------
+    numpy.ndarray
+        float32, as `weights`.
+    """
+    fields = weights
+    for _ in range(weights.ndim - 1):  # each turn spends the first of the axes and appends the new one
+        fields = np.tensordot(fields, cosines_at(np.linspace(0, 1, 13)), axes=(1, 1))
+    each = (-1, *[1] * (weights.ndim - 1))
+    largest = np.abs(fields).reshape(len(fields), -1).max(axis=1)
+    return (weights * (peaks / largest).reshape(each)).astype(np.float32)
 
 
 def bias_fields(weights: torch.Tensor, cosines: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -15,37 +15,40 @@ _PLANES_AT_ONCE = 8  # whose sampling positions are in memory, on a CPU: three t
 
 
 def sampling_positions(
-    angles: np.ndarray, shift: np.ndarray, scale: float, view: str, size: Sequence[int]
+    angles: np.ndarray, shift: np.ndarray, scale: np.ndarray, view: str, size: Sequence[int]
 ) -> list[np.ndarray]:
-    """Return where in the scan each voxel of the result comes from, as one summand per axis.
+    """Return where in a scan each voxel of the result comes from, as one summand per axis.
 
     Parameters
     ----------
-    angles, shift, scale
-        Radians about x, y, z, in this order; mm along them; the factor by which the head grows.
+    angles, shift
+        (scan, 3): radians about x, y, z, in this order; mm along them.
+    scale
+        (scan,), factors by which heads grow.
     view, size
         ``volume`` of (z, y, x), or a plane of (height, width).
 
     Returns
     -------
     list of numpy.ndarray
-        float32 (length of the axis, component), along z (volumes only), y or height, x or width. The summands of a
-        voxel make a position as `grid_sample` wants it: (x, y, z), (width, height).
+        float32 (scan, length of the axis, component), along z (volumes only), y or height, x or width. The summands of
+        a voxel make a position as `grid_sample` wants it: (x, y, z), (width, height).
     """
     axes = HEAD_AXES[view]
     in_plane = len(axes) == 2
     signs = np.array([-1, 1] if in_plane else [1, 1, 1])  # rows of slices count downwards
     turned = np.where([in_plane and axis in axes for axis in range(3)], 0.0, angles)
-    turn = Rotation.from_euler("xyz", turned).as_matrix()[np.ix_(axes, axes)] * np.outer(signs, signs)
-    backward = turn.T / scale  # the inverse of "turn and grow"
+    turn = Rotation.from_euler("xyz", turned).as_matrix()[:, axes][:, :, axes] * np.outer(signs, signs)
     # In mm from the centre, so that a rotation is rigid; only then in halves of the grid, whose axes differ in length.
     # Without align_corners, -1 and 1 are the outer faces of the grid, and an axis may be one voxel long.
     halves = np.array(size) / 2
+    backward = turn.swapaxes(1, 2) / scale[:, None, None]  # the inverse of "turn and grow"
+    moved = np.einsum("sij,sj->si", backward, shift[:, axes] * signs)
     summands = [
-        np.outer(np.arange(n) - (n - 1) / 2, backward[:, axis] / halves)[:, ::-1] for axis, n in enumerate(size)
+        (np.arange(n) - (n - 1) / 2)[:, None] * (backward[:, None, :, axis] / halves) for axis, n in enumerate(size)
     ]
-    summands[-1] = summands[-1] - (backward @ (shift[axes] * signs) / halves)[::-1]
-    return [summand.astype(np.float32) for summand in summands]
+    summands[-1] -= (moved / halves)[:, None]
+    return [summand[..., ::-1].astype(np.float32) for summand in summands]
 
 
 def resample(images: torch.Tensor, summands: Sequence[torch.Tensor]) -> torch.Tensor:
