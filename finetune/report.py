@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
 
 from extract.probing.calibration import probability_calibration_plot, value_calibration_plot
+from extract.probing.page import (
+    ABSENT,
+    last_component,
+    plain,
+    render_page,
+    settings_lines,
+    store_lines,
+    versions_line,
+    write_page,
+)
 from extract.probing.plots import MANY_POINTS, confusion_plot, roc_plot, scatter_plot
-from extract.probing.report import ABSENT, kind_of, last_component, plain
+from extract.probing.report import kind_of
 from extract.probing.report_targets import METRICS, Picture, Predictions, Score, data_uri, score_in_words, svg_uri
 from extract.probing.results import OutOfFold, TargetResult
-from extract.probing.writing import write_whole
 from finetune.checkpoints import LoadedRun
 from finetune.examples import Examples, make_examples, units_of
 from finetune.heads import Head
@@ -78,8 +84,7 @@ def write_finetune_report(
         If the file cannot be written.
     """
     page, warnings = render_finetune_report(result, run, store, examples=examples, warnings=warnings)
-    # File names may be no UTF-8
-    write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8", errors="replace"))
+    write_page(path, page)
     return warnings
 
 
@@ -96,16 +101,14 @@ def render_finetune_report(
     warnings = [*dict.fromkeys([*warnings, *result.warnings]), *_skipped(result), *(shown.warnings if shown else [])]
     grid = (run.attrs.get("store") or {}).get("grid") or {}
     heads = {head.name: head for head in run.heads}
-    loader = jinja2.ChoiceLoader([jinja2.PackageLoader("finetune"), jinja2.PackageLoader("extract.probing")])
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("finetune.html").render(
+    page = render_page(
+        "finetune",
+        "finetune.html",
         simulated=bool(run.attrs.get("simulated")),
-        scratch=_weights(run) == "scratch" or _weights(run).startswith("random"),
-        date=datetime.now(UTC).date().isoformat(),
-        title=", ".join(head.name for head in run.heads),
         summary=_summary(result, run),
+        provenance=[("Run", _provenance(run)), ("Settings", _settings(run))],
+        scratch=_weights(run) == "scratch" or _weights(run).startswith("random"),
+        title=", ".join(head.name for head in run.heads),
         rows=[_row(one, result.validation, heads[one.name]) for one in result.test],
         kind=kind_of,
         intervals=run.settings.bootstrap,
@@ -126,8 +129,6 @@ def render_finetune_report(
             (part, result.people.get(part, 0), result.scans.get(part, 0)) for part in ("train", "validation", "test")
         ],
         warnings=warnings,
-        provenance=_provenance(run),
-        settings=_settings(run),
     )
     return page, warnings
 
@@ -265,33 +266,21 @@ def _example_pictures(examples: Examples | None) -> list[Picture]:
 def _provenance(run: LoadedRun) -> list[tuple[str, str]]:
     attrs = run.attrs
     weights, store = (attrs.get(name) or {} for name in ("weights", "store"))
-    grid = store.get("grid") or {}
-    size = " × ".join(str(length) for length in reversed(grid.get("shape_zyx", [])))
-    versions = attrs.get("created_by") or {}
     return [
         ("weights begun with", _weights(run)),
         ("sha256 of these", plain(weights.get("sha256")) or "none"),
         ("weights of the run", f"epoch {attrs.get('epoch', '?')}, step {attrs.get('step', '?')}"),
         ("sha256 of their file", run.sha256),
         ("input mean, std", f"{plain(run.network.seen.mean)}; {plain(run.network.seen.std)}"),
-        ("store", last_component(str(store["path"])) if store.get("path") else ABSENT),
-        ("store id", plain(store.get("id"))),
-        (
-            "grid",
-            f"{size} voxels (x, y, z) of {grid.get('voxel_mm', 0):g} mm, RAS, {grid.get('space')}" if grid else ABSENT,
-        ),
+        *store_lines(store),
         ("simulated", "yes" if attrs.get("simulated") else "no"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or ABSENT),
+        versions_line(attrs.get("created_by")),
     ]
 
 
 def _settings(run: LoadedRun) -> list[tuple[str, str]]:
     """Return the settings of the run in words, in their order; of paths the last component."""
-    given: Mapping[str, Any] = run.settings.model_dump(mode="json")
-    return [
-        (
-            name.replace("_", " "),
-            "not set" if value is None else last_component(str(value)) if name in _PATHS else plain(value) or "none",
-        )
-        for name, value in given.items()
-    ]
+    given = run.settings.model_dump(mode="json")
+    for name in _PATHS:
+        given[name] = None if given[name] is None else last_component(str(given[name]))
+    return settings_lines(given, absent="not set")

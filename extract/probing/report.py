@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from extract.probing.compare import Difference, Probed
 from extract.probing.montage import montage_png, read_brains
+from extract.probing.page import ABSENT, plain, render_page, settings_lines, store_lines, versions_line, write_page
 from extract.probing.report_targets import Picture, Score, curve_pictures, data_uri, panels, predictions, table_rows
-from extract.probing.writing import write_whole
-
-#: Instead of what a file does not say.
-ABSENT = "not recorded"
 
 
 def write_report(
@@ -57,8 +51,7 @@ def write_report(
         If the file cannot be written.
     """
     page, warnings = render_report(probed, settings=settings, differences=differences, store=store, warnings=warnings)
-    # File names may be no UTF-8
-    write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8", errors="replace"))
+    write_page(path, page)
     return warnings
 
 
@@ -76,18 +69,16 @@ def render_report(
     brains, brain_warnings = read_brains(first, store)
     warnings = [*warnings, *brain_warnings]
     results = [result for one in probed for result in one.results if result.status == "ok"]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("extract.probing"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("probe.html").render(
+    page = render_page(
+        "extract.probing",
+        "probe.html",
         simulated=any(one.embeddings.attrs.get("simulated") for one in probed),
-        random=[one.name for one in probed if _weights(one).startswith("random (")],
-        date=datetime.now(UTC).date().isoformat(),
         summary=_summary(probed, settings),
+        provenance=[
+            *(("Embeddings" if len(probed) == 1 else one.name, _provenance(one.embeddings.attrs)) for one in probed),
+            ("Settings of the probe", settings_lines(settings)),
+        ],
+        random=[one.name for one in probed if _weights(one).startswith("random (")],
         names=[one.name for one in probed],
         targets=table_rows(probed, differences),
         kind=kind_of,
@@ -109,10 +100,6 @@ def render_report(
         ],
         space=grid.get("space"),
         warnings=warnings,
-        provenance=[(one.name, _provenance(one.embeddings.attrs)) for one in probed],
-        settings=[
-            (key.replace("_", " "), "none" if value is None else plain(value)) for key, value in settings.items()
-        ],
     )
     return page, warnings
 
@@ -152,9 +139,6 @@ def _summary(probed: Sequence[Probed], settings: Mapping[str, object]) -> list[t
 
 def _provenance(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
     weights, rule, store = (attrs.get(name) or {} for name in ("weights", "input", "store"))
-    grid = store.get("grid") or {}
-    size = " × ".join(str(length) for length in reversed(grid.get("shape_zyx", [])))
-    versions = attrs.get("created_by") or {}
     return [
         ("model", plain(attrs.get("model"))),
         ("weights", plain(weights.get("name"))),
@@ -169,14 +153,9 @@ def _provenance(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("input rule", str(rule.get("rule", ABSENT))),
         ("input mean, std", f"{plain(rule.get('mean'))}; {plain(rule.get('std'))}"),
         ("loader backend", plain(attrs.get("backend"))),
-        ("store", last_component(str(store["path"])) if store.get("path") else ABSENT),
-        ("store id", plain(store.get("id"))),
-        (
-            "grid",
-            f"{size} voxels (x, y, z) of {grid.get('voxel_mm', 0):g} mm, RAS, {grid.get('space')}" if grid else ABSENT,
-        ),
+        *store_lines(store),
         ("simulated", "yes" if attrs.get("simulated") else "no"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or ABSENT),
+        versions_line(attrs.get("created_by")),
     ]
 
 
@@ -185,23 +164,3 @@ def _layers(attrs: Mapping[str, Any]) -> str:
     if not layers:
         return plain(attrs.get("layer"))
     return ", ".join(f"{layer['name']} ({layer['features']:,} features)" for layer in layers)
-
-
-def plain(value: object) -> str:
-    """Write a setting for people; of a path only the last component, since folders may name people."""
-    if value is None:
-        return ABSENT
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple | set | frozenset):
-        return ", ".join(map(plain, value)) or "none"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, PurePath) or (isinstance(value, str) and value.startswith(("/", "~", ".", "\\"))):
-        return last_component(str(value))
-    return str(value)
-
-
-def last_component(path: str) -> str:
-    """Return the name of a file without its folders, whose names may be those of people."""
-    return PureWindowsPath(path).name or path

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from extract.probing.report import last_component, plain
+from extract.probing.page import last_component, render_page, settings_lines, store_lines, versions_line, write_page
 from extract.probing.report_targets import Picture, svg_uri
-from extract.probing.writing import write_whole
 from finetune.curves.cells import CellResult
 from finetune.curves.charts import curve_svg
 from finetune.curves.results import CurveResult, TargetCurve
@@ -43,22 +39,20 @@ def write_curve_page(path: Path, result: CurveResult) -> None:
     StoreError
         If the file cannot be written.
     """
-    page = render_curve_page(result)
-    write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8", errors="replace"))
+    write_page(path, render_curve_page(result))
 
 
 def render_curve_page(result: CurveResult) -> str:
     """Return the page of `write_curve_page`."""
-    loader = jinja2.ChoiceLoader([jinja2.PackageLoader("finetune.curves"), jinja2.PackageLoader("extract.probing")])
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     plan = result.plan
-    return environment.get_template("curve.html").render(
-        date=datetime.now(UTC).date().isoformat(),
-        title=", ".join(plan.settings.target),
+    shown = {name: value for name, value in plan.settings.model_dump(mode="json").items() if name not in _NOT_SHOWN}
+    return render_page(
+        "finetune.curves",
+        "curve.html",
         simulated=plan.simulated,
         summary=_summary(result),
+        provenance=[("Curve", _provenance(result)), ("Settings of each training", settings_lines(shown))],
+        title=", ".join(plan.settings.target),
         state=[_without_folders(sentence) for sentence in describe_state(result)],
         sections=[_section(curve) for curve in result.targets],
         titles=TITLES,
@@ -66,12 +60,6 @@ def render_curve_page(result: CurveResult) -> str:
         seeds=len(plan.seeds),
         targets=[curve.name for curve in result.targets],
         cells=[_cell(cell, result.targets) for cell in result.cells],
-        provenance=_provenance(result),
-        settings=[
-            (name.replace("_", " "), "none" if value is None else plain(value))
-            for name, value in plan.settings.model_dump(mode="json").items()
-            if name not in _NOT_SHOWN
-        ],
     )
 
 
@@ -103,20 +91,16 @@ def _summary(result: CurveResult) -> list[tuple[str, str]]:
 
 def _provenance(result: CurveResult) -> list[tuple[str, str]]:
     plan = result.plan
-    grid = plan.store.get("grid") or {}
-    size = " × ".join(str(length) for length in reversed(grid.get("shape_zyx", [])))
     return [
         ("targets", ", ".join(plan.settings.target)),
         ("weights", last_component(plan.weights)),
-        ("store", last_component(str(plan.store.get("name")))),
-        ("store id", plain(plan.store.get("id"))),
-        ("grid", f"{size} voxels (x, y, z) of {grid.get('voxel_mm', 0):g} mm, RAS, {grid.get('space')}"),
+        *store_lines(plan.store),
         ("simulated", "yes" if plan.simulated else "no"),
         ("seeds", ", ".join(map(str, plan.seeds))),
         ("learning rate from scratch", "the same" if plan.scratch_lr is None else f"{plan.scratch_lr:g}"),
         ("draws of the people tested", f"{plan.draws:,}"),
         ("computing time", _duration(sum(cell.seconds for cell in result.cells))),
-        ("versions", ", ".join(f"{name} {version}" for name, version in plan.created_by.items())),
+        versions_line(plan.created_by),
     ]
 
 
