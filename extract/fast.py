@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 MOST_SCANS = 256  # more are no faster
-_MOST_BYTES = 512 << 20  # of voxels: several batches wait in page-locked memory of the host
+# A first convolution makes 16 numbers of a voxel (64 channels, at half the rows and columns). From 2^31 numbers on,
+# kernels are other ones, and less tried.
+MOST_VOXELS = (2**31 - 1) // 16
 CPU_SCANS, CPU_VOLUMES = 8, 2  # more are no faster: the slices of a few scans, or one volume of a 3D network, are much
 _MEMORY_SHARE = 0.7  # of what is free; allocators lose some between blocks
 _WAITING = 4  # batches of bytes that a loader and the network hold at once
@@ -92,7 +94,9 @@ def _why_not_compiled(device: torch.device) -> str | None:
         return x + x
 
     try:
-        torch.compile(double, dynamic=False)(torch.ones(8, device=device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's compiler uses what torch itself has deprecated
+            torch.compile(double, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # torch, its C++ and Triton each have errors of their own
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None
@@ -135,7 +139,7 @@ def scans_at_a_time(
     taken = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()  # what torch keeps for later is free, too
     free, _ = torch.cuda.mem_get_info(device)
-    return min(batch_size_for(free, taken + _WAITING * scan.nbytes), max(1, _MOST_BYTES // scan.nbytes))
+    return min(batch_size_for(free, taken + _WAITING * scan.nbytes), max(1, MOST_VOXELS // scan.numel()))
 
 
 def batch_size_for(free: int, bytes_per_scan: int) -> int:

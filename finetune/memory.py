@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
+from extract.fast import MOST_VOXELS
 from finetune.losses import scan_losses
 from finetune.network import ScanNetwork
 from loaders.views import View
@@ -50,4 +53,5 @@ def most_scans(network: ScanNetwork, shape: tuple[int, ...], dtype: torch.dtype)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     optimiser = 2 * sum(p.numel() * p.element_size() for p in network.parameters())
-    return max(1, min(MOST_SCANS, int(_SHARE * (free - optimiser) / max(1.0, taken))))
+    most = min(MOST_SCANS, MOST_VOXELS // prod(shape))
+    return max(1, min(most, int(_SHARE * (free - optimiser) / max(1.0, taken))))

@@ -290,10 +290,16 @@ class _SameStatistics(AbstractContextManager[None]):
         self._kept: list[tuple[float | None, torch.Tensor | None]] = []
 
     def __enter__(self) -> None:
-        self._kept = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
+        self._kept = [(norm.momentum, _copied(norm.num_batches_tracked)) for norm in self._norms]
         for norm in self._norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+            norm.momentum = 0.0  # counts, which are taken back, must be there for a SyncBatchNorm
 
     def __exit__(self, *_: object) -> None:
         for norm, (momentum, counted) in zip(self._norms, self._kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, counted
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None and counted is not None:
+                norm.num_batches_tracked.copy_(counted)
+
+
+def _copied(counted: torch.Tensor | None) -> torch.Tensor | None:
+    return None if counted is None else counted.clone()

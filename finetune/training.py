@@ -172,7 +172,7 @@ def train_epoch(training: Training, after_step: Callable[[StepDone], None]) -> N
             begun, before_that = time.perf_counter(), begun
             training.elapsed += begun - before_that
             for one in settled:
-                after_step(StepDone(one.step, float(one.loss) * training.group.size))
+                after_step(StepDone(one.step, float(one.values[0]) * training.group.size))
             before = pending if late else None
     finally:
         batches.close()
@@ -181,13 +181,31 @@ def train_epoch(training: Training, after_step: Callable[[StepDone], None]) -> N
 
 @dataclass(frozen=True)
 class _Pending:
-    """A step of which a GPU may still be at work."""
+    """A step of which a GPU may still be at work.
+
+    Attributes
+    ----------
+    values
+        float32, on the CPU: the loss, the norm of the gradient, and the part of each target in the loss.
+    there
+        When it has come to pass, these have arrived.
+    """
 
     step: int
-    loss: torch.Tensor
-    norm: torch.Tensor
-    by_target: torch.Tensor
+    values: torch.Tensor
+    there: torch.cuda.Event | None
     rows: np.ndarray
+
+
+def _pending(step: int, values: torch.Tensor, rows: np.ndarray) -> _Pending:
+    """Send what is to be known of a step to the CPU; nobody waits for a GPU here, nor later for more than this step."""
+    if not values.is_cuda:
+        return _Pending(step, values, None, rows)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(values.device))
+    return _Pending(step, host, there, rows)
 
 
 def _order(training: Training) -> np.ndarray:
@@ -210,7 +228,7 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
     settings, group, device = training.settings, training.group, training.device
     torch.manual_seed(_seed_of(settings.seed, training.step, group.rank))
     counts = training.cohort.weights[rows].sum(axis=0)
-    divisors = torch.from_numpy(np.where(counts > 0, counts, 1) * len(counts)).to(device)
+    divisors = torch.from_numpy(np.where(counts > 0, counts, 1) * len(counts)).to(device, non_blocking=True)
     total = torch.zeros(len(counts), device=device)
     for number in range(training.steps.accumulate):
         asked = time.perf_counter()
@@ -229,7 +247,7 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         training.schedule.step()
     training.seen += len(rows)
-    return _Pending(training.step + 1, total.sum(), norm, total, rows)
+    return _pending(training.step + 1, torch.cat([total.sum()[None], norm[None].to(total), total]), rows)
 
 
 def _backward(training: Training, batch: Batch, divisors: torch.Tensor) -> torch.Tensor:
@@ -254,11 +272,13 @@ def _without_exchange(wrapped: nn.Module, last: bool) -> contextlib.AbstractCont
 
 def _check(training: Training, done: _Pending) -> None:
     """Check what came of a step, and count it."""
-    loss, norm = float(done.loss), float(done.norm)
+    if done.there is not None:
+        done.there.synchronize()
+    loss, norm, *parts = done.values.tolist()
     scaled = training.scaler.is_enabled()
-    overflows = scaled and training.scaler.get_scale() < _SMALLEST_SCALE
+    overflows = scaled and not math.isfinite(norm) and training.scaler.get_scale() < _SMALLEST_SCALE
     if not math.isfinite(loss) or (not math.isfinite(norm) and not scaled) or overflows:
-        by_target = dict(zip((head.name for head in training.network.heads_info), done.by_target.tolist(), strict=True))
+        by_target = dict(zip((head.name for head in training.network.heads_info), parts, strict=True))
         raise not_finite(training, done.step, loss, norm, by_target, done.rows)
     training.loss_sum += loss
 

@@ -168,15 +168,18 @@ def _upload(
 
 def _parts(planes: Sequence[np.ndarray], size: tuple[int, ...], device: torch.device) -> list[_Part]:
     """Return the slices that are wanted, across each axis."""
-    numbers = np.arange(math.prod(size)).reshape(size)
-    return [
-        _Part(
-            axis, torch.from_numpy(np.asarray(index, np.int64)).to(device),
-            torch.from_numpy(numbers.take(index, axis)).to(device), numbers.size,
+    steps = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
+    parts = []
+    for axis, index in enumerate(planes):
+        places = [np.asarray(index, np.int64) if other == axis else np.arange(n) for other, n in enumerate(size)]
+        chosen, *along = (
+            torch.from_numpy(numbers).to(device, non_blocking=True)
+            for numbers in (places[axis], *(place * step for place, step in zip(places, steps, strict=True)))
         )
-        for axis, index in enumerate(planes)
-        if len(index)
-    ]  # fmt: skip
+        numbers = along[0][:, None, None] + along[1][:, None] + along[2]
+        if len(index):
+            parts.append(_Part(axis, chosen, numbers, math.prod(size)))
+    return parts
 
 
 def _change(

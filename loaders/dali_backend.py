@@ -143,7 +143,7 @@ def inflated_on_gpu(
     def feed() -> tuple[list[Any], list[np.ndarray], list[np.ndarray]]:
         plan, slots = next(batches)
         plans.append((plan, slots))
-        return inflate_arguments(slots)
+        return inflate_arguments(slots, device)
 
     @pipeline_def(
         batch_size=batch_size,
@@ -191,7 +191,9 @@ def inflated_on_gpu(
 def _as_torch(batch: Any) -> torch.Tensor:
     """Return a batch of DALI's as a tensor on the same memory; of samples that lie apart, as a copy."""
     try:
-        return torch.from_dlpack(batch.as_tensor())
+        tensor = batch.as_tensor()
+        # The run has waited for this batch; asked about torch's stream, DALI would let that wait for the next one, too.
+        return torch.from_dlpack(tensor if isinstance(tensor, TensorCPU) else tensor.__dlpack__(stream=-1))
     except RuntimeError:
         return torch.stack([torch.from_dlpack(batch[number]) for number in range(len(batch))])
 
@@ -210,9 +212,13 @@ def _inflate(content: Any, offsets: Any, sizes: Any, slab_shape: list[int]) -> A
     )
 
 
-def inflate_arguments(slots: Sequence[Slot]) -> tuple[list[Any], list[np.ndarray], list[np.ndarray]]:
+def inflate_arguments(
+    slots: Sequence[Slot], device: torch.device = _CPU
+) -> tuple[list[Any], list[np.ndarray], list[np.ndarray]]:
     """Return what `inflate` takes of each scan: bytes, offsets, sizes. No byte is copied."""
-    contents = [TensorCPU(slot.content, is_pinned=slot.pinned) for slot in slots]
+    # DALI takes page-locked memory for that of the current device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        contents = [TensorCPU(slot.content, is_pinned=slot.pinned) for slot in slots]
     return contents, [slot.offsets for slot in slots], [slot.sizes for slot in slots]
 
 

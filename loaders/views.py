@@ -125,5 +125,5 @@ def slices_of(images: torch.Tensor, view: View, slices: int) -> list[torch.Tenso
 
 def cut(images: torch.Tensor, axis: int, positions: np.ndarray) -> torch.Tensor:
     """Return slices (scan, slice, height, width) of volumes (scan, z, y, x), across one of the axes (z, y, x)."""
-    index = torch.from_numpy(positions).to(images.device)
+    index = torch.from_numpy(positions).to(images.device, non_blocking=True)  # else a GPU would be waited for
     return images.index_select(1 + axis, index).movedim(1 + axis, 1).flip(2)

@@ -412,7 +412,7 @@ def test_cpu_and_gpu_agree(view: str) -> None:
     on_gpu = augment(images.cuda(), ranges, KEYS, view=view)
     assert on_gpu.is_cuda
     assert (on_gpu.cpu() - augment(images, ranges, KEYS, view=view)).abs().max() < 1e-3
-    assert torch.equal(augment(images[1:2].cuda(), ranges, KEYS[1:2], view=view), on_gpu[1:2])
+    assert (augment(images[1:2].cuda(), ranges, KEYS[1:2], view=view) - on_gpu[1:2]).abs().max() < 1e-5
     half = augment(images.cuda().to(torch.bfloat16), ranges, KEYS, view=view)
     assert half.dtype == torch.bfloat16
     assert (half.float() - on_gpu).abs().max() < 0.02
