@@ -331,6 +331,7 @@ def test_a_cpu_takes_few_scans():
 def test_one_scan_is_tried_on_a_gpu(monkeypatch, free, expected):
     """With a GPU that is made up: the trial takes 80 MB."""
     shape = (160, 192, 160)
+    encoder = build_encoder(weights="random", device="cpu")
     tried = []
     zeros = torch.zeros
     numbers = {"memory_allocated": 5_000_000, "max_memory_allocated": 85_000_000, "mem_get_info": (free, 1 << 41)}
@@ -339,7 +340,6 @@ def test_one_scan_is_tried_on_a_gpu(monkeypatch, free, expected):
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch, "zeros", lambda size, dtype, **_: zeros(size, dtype=dtype))
-    encoder = build_encoder(weights="random", device="cpu")
     encoder = replace(encoder, device=torch.device("cuda"), compiled=lambda _: pytest.fail("compiled"))
     monkeypatch.setattr(type(encoder), "__call__", lambda self, scan, **_: tried.append((self.compiled, scan.shape)))
     assert choose_batch_size(encoder, shape, cut=False) == expected
