@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.results import save, show
+from benchmarks.results import Report, save, show
 
 DIRECTORY = Path("build/benchmarks")
 
@@ -50,7 +50,7 @@ def loaders(
 @app.command("loaders-gpu")
 def loaders_gpu(
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the benchmark itself.")] = "cuda",
-    scans: Annotated[int, typer.Option(min=4, help="Scans of each store.")] = 512,
+    scans: Annotated[int, typer.Option(min=4, help="Scans of each store.")] = 8192,
     shape: Annotated[tuple[int, int, int], typer.Option(help="Planes, rows, columns of a volume.")] = (160, 192, 160),
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     seconds: Annotated[float, typer.Option(min=0, help="Of each measurement.")] = 6.0,
@@ -60,7 +60,17 @@ def loaders_gpu(
     """Load onto a GPU: inflated there or decoded here, by thickness of slabs, with networks behind; 8 minutes."""
     from benchmarks.loaders_gpu import run_loaders_gpu
 
-    report = run_loaders_gpu(directory, device=device, scans=scans, shape=shape, batch_size=batch_size, seconds=seconds)
+    def keep(report: Report) -> None:
+        for result in report.results[-1:]:
+            print(
+                f"{result.name}: {result.value} {result.unit}; failures: {len(report.settings['failures'])}", flush=True
+            )
+        if json_file:
+            save(report, json_file)
+
+    report = run_loaders_gpu(
+        directory, device=device, scans=scans, shape=shape, batch_size=batch_size, seconds=seconds, on_report=keep
+    )
     show(report, Console())
     for name, reason in report.settings["failures"].items():
         print(f"failed: {name}: {reason.splitlines()[0]}")

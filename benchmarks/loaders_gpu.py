@@ -14,8 +14,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,30 @@ import numpy as np
 import torch
 
 from benchmarks.results import Report, Result
+from ingest.decode import COMPILED
 from ingest.grid import Grid
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_path, write_shard
 from ingest.store import create_store, package_versions
-from loaders import Loader, VolumeReader, open_loader
+from loaders import Batch, VolumeReader, open_loader
 
 SHAPE = (160, 192, 160)
 SLABS = (2, 4, 8, 16)
 _DIFFERENT = 32  # volumes; a store's other scans are links to them
-_NETWORKS = {"resnet18": "9 axial slices of each scan", "r3d_18": "whole volumes"}
+_WARM_UP = 8  # batches
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A network behind a loader: axial slices that it sees of a scan (0: volumes), scans of a batch and of a pass."""
+
+    model: str
+    slices: int
+    batch_size: int
+    scans: int
+
+
+NETWORKS = (Fed("resnet18", 9, 32, 8192), Fed("r3d_18", 0, 8, 512))
 
 
 class OtherPixelsError(ValueError):
@@ -43,11 +58,12 @@ def run_loaders_gpu(
     directory: Path,
     *,
     device: str = "cuda",
-    scans: int = 512,
+    scans: int = 8192,
     shape: tuple[int, int, int] = SHAPE,
     slabs: tuple[int, ...] = SLABS,
     batch_size: int = 16,
     seconds: float = 6.0,
+    on_report: Callable[[Report], None] | None = None,
 ) -> Report:
     """Measure loading onto a device.
 
@@ -63,23 +79,21 @@ def run_loaders_gpu(
         Planes per slab that are tried; networks get the store of the fastest.
     seconds
         Each measurement lasts at least so long, and one pass.
+    on_report
+        Called with what there is, after each measurement: the machine may be there for minutes only.
 
     Returns
     -------
     Report
-        ``settings["failures"]`` has what did not work, with its traceback: the rest is measured all the same.
-
-    Raises
-    ------
-    OtherPixelsError
-        If pixels from the GPU are not those of the CPU.
+        ``settings["failures"]`` has what did not work, with its traceback: the rest is measured all the same. A
+        loader that gives other pixels than the CPU is not measured.
     """
     where = torch.device(device)
     failures: dict[str, str] = {}
     results: list[Result] = []
     settings: dict[str, Any] = {
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)), "checks_compiled": COMPILED,
         "scans": scans, "shape_zyx": list(shape), "batch_size": batch_size, "seconds": seconds,
         "versions": package_versions("torch", "torchvision", "nvidia-dali-cuda130", "zarr", "numcodecs"),
         "cuda": torch.version.cuda, "cores_used": {}, "gigabytes_per_second": {}, "failures": failures,
@@ -87,25 +101,38 @@ def run_loaders_gpu(
     volumes = make_volumes(min(scans, _DIFFERENT), shape)
     raw = int(np.prod(shape))
 
-    def measure(name: str, work: Callable[[], int], nbytes: float, note: str = "") -> float:
-        """Run a pass again and again, and note scans a second."""
-        work()  # compiles, fills rings, warms caches
-        speeds: list[float] = []
-        busy, started, done = os.times(), time.perf_counter(), 0
-        while not speeds or time.perf_counter() - started < seconds:
-            begun = time.perf_counter()
-            count = work()
-            speeds.append(count / (time.perf_counter() - begun))
-            done += count
+    def report() -> Report:
+        values = {result.name: result.value for result in results}
+        return Report("loaders-gpu", settings, list(results), _ratios(values, slabs))
+
+    @contextlib.contextmanager
+    def noting(name: str) -> Iterator[str]:
+        """Note what goes wrong, and go on."""
+        try:
+            yield name
+        except Exception as error:
+            failures[name] = f"{error!r}\n{traceback.format_exc(limit=-3)}"
+        if on_report is not None:
+            on_report(report())
+
+    def measure(name: str, work: Callable[[int | None], tuple[int, float]], nbytes: float, note: str = "") -> float:
+        """Run passes again and again, and note scans a second."""
+        work(_WARM_UP)  # compiles, fills rings, warms caches
+        passes: list[tuple[int, float]] = []
+        busy, started = os.times(), time.perf_counter()
+        while not passes or time.perf_counter() - started < seconds:
+            passes.append(work(None))
         now = os.times()
-        elapsed = time.perf_counter() - started
-        speed = done / elapsed
-        settings["cores_used"][name] = round((now.user + now.system - busy.user - busy.system) / elapsed, 2)
+        used = (now.user + now.system - busy.user - busy.system) / (time.perf_counter() - started)
+        speed = sum(count for count, _ in passes) / sum(taken for _, taken in passes)
+        low, *_, high = sorted([count / taken for count, taken in passes] * 2)
+        settings["cores_used"][name] = round(used, 2)
         settings["gigabytes_per_second"][name] = round(speed * nbytes / 1e9, 3)
-        low, high = min(speeds), max(speeds)
         results.append(Result(name, round(speed, 2), "scans/s", round(low, 2), round(high, 2), note=note))
         return speed
 
+    with noting("limit: copy of voxels") as name:
+        measure(name, _copying(where, raw, batch_size), raw)
     speeds: dict[int, float] = {}
     stores: dict[int, Path] = {}
     packed = 0.0
@@ -114,34 +141,34 @@ def run_loaders_gpu(
         packed = make_store(store, volumes, slab, scans)
         for backend, how in (("dali", "inflated there"), ("torch", "decoded on the CPU")):
             options: dict[str, Any] = {"batch_size": batch_size, "backend": backend, "device": device}
-            with _noting(failures, f"{how}, slabs of {slab}") as name:
+            with noting(f"{how}, slabs of {slab}") as name:
                 _compare(store, volumes, options)
                 with open_loader(store, shuffle=True, **options) as loader:
-                    speed = measure(name, partial(_drain, loader, where), raw)
+                    speed = measure(name, partial(_pass, loader, where), raw)
                 if backend == "dali":
                     speeds[slab] = speed
-    for name, nbytes in (("limit: copy of compressed bytes", packed), ("limit: copy of voxels", raw)):
-        with _noting(failures, name):
-            measure(name, _copying(where, int(nbytes), batch_size), nbytes)
+    with noting("limit: copy of compressed bytes") as name:
+        measure(name, _copying(where, int(packed), batch_size), packed)
     best = max(speeds, key=lambda slab: speeds[slab]) if speeds else slabs[0]
     settings["fastest_slab"] = best
-    for model, what in _NETWORKS.items():
-        _end_to_end(model, stores[best], where, measure, failures, what, raw, scans=scans, small=shape != SHAPE)
+    for fed in NETWORKS:
+        fed = replace(fed, slices=min(fed.slices, 2), batch_size=2) if shape != SHAPE else fed
+        _end_to_end(fed, stores[best], where, measure, noting, raw, scans=scans)
     for store in stores.values():
         shutil.rmtree(store)
-    values = {result.name: result.value for result in results}
-    return Report("loaders-gpu", settings, results, _ratios(values, slabs))
+    return report()
 
 
 def _ratios(values: dict[str, float], slabs: tuple[int, ...]) -> dict[str, float]:
     ratios = {}
+    limit = values.get("limit: copy of voxels")
     for slab in slabs:
         there, here = values.get(f"inflated there, slabs of {slab}"), values.get(f"decoded on the CPU, slabs of {slab}")
         if there and here:
             ratios[f"inflated/decoded on the CPU, slabs of {slab}"] = there / here
-        if there:
-            ratios[f"inflated/copy of voxels, slabs of {slab}"] = there / values["limit: copy of voxels"]
-    for model in _NETWORKS:
+        if there and limit:
+            ratios[f"inflated/copy of voxels, slabs of {slab}"] = there / limit
+    for model in (fed.model for fed in NETWORKS):
         resident = values.get(f"{model}, resident")
         for backend in ("dali", "torch"):
             fed = values.get(f"{model}, {backend}")
@@ -190,78 +217,96 @@ def _compare(store: Path, volumes: np.ndarray, options: dict[str, Any]) -> None:
                 raise OtherPixelsError(f"pixels from {options} differ from those of the CPU")
 
 
-def _drain(loader: Loader, device: torch.device) -> int:
-    count = sum(len(batch.rows) for batch in loader)
+def _pass(
+    batches: Iterable[Batch | torch.Tensor],
+    device: torch.device,
+    most: int | None = None,
+    *,
+    use: Callable[[torch.Tensor], Any] | None = None,
+) -> tuple[int, float]:
+    """Go through batches, `most` at most; return how many scans come after the first batch, and how long they take.
+
+    A pass begins by starting a pipeline, which is nothing in an epoch of tens of thousands.
+    """
+    count, begun = 0, 0.0
+    for number, batch in enumerate(islice(batches, most)):
+        if use is not None:
+            use(_images(batch))
+        if number:
+            count += len(_images(batch))
+        else:
+            _wait_for(device)
+            begun = time.perf_counter()
+    _wait_for(device)
+    return count, time.perf_counter() - begun
+
+
+def _images(batch: Batch | torch.Tensor) -> torch.Tensor:
+    return batch.images if isinstance(batch, Batch) else batch
+
+
+def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return count
 
 
-def _copying(device: torch.device, nbytes: int, batch_size: int) -> Callable[[], int]:
+def _copying(device: torch.device, nbytes: int, batch_size: int) -> Callable[[int | None], tuple[int, float]]:
     """Return what copies a batch's bytes from page-locked memory again and again: the least that must be done."""
     host = torch.empty(batch_size * nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty_like(host, device=device)
 
-    def copy() -> int:
-        for _ in range(8):
+    def copy(most: int | None) -> tuple[int, float]:
+        times = most or 64
+        begun = time.perf_counter()
+        for _ in range(times):
             there.copy_(host, non_blocking=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 8 * batch_size
+        _wait_for(device)
+        return times * batch_size, time.perf_counter() - begun
 
     return copy
 
 
 def _end_to_end(
-    model: str, store: Path, device: torch.device, measure: Callable[..., float], failures: dict[str, str], what: str,
-    raw: int, *, scans: int, small: bool,
-) -> None:  # fmt: skip
+    fed: Fed,
+    store: Path,
+    device: torch.device,
+    measure: Callable[..., float],
+    noting: Callable[[str], contextlib.AbstractContextManager[str]],
+    raw: int,
+    *,
+    scans: int,
+) -> None:
     """Measure a network in bfloat16, fed from the GPU's memory and by the loader."""
+    what = f"{fed.slices} axial slices of each scan" if fed.slices else "whole volumes"
+    options: dict[str, Any] = {
+        "batch_size": fed.batch_size, "dtype": "bfloat16", "channels": 3, "channels_last": True, "drop_last": True,
+        "device": str(device), **({"view": "axial", "slices": fed.slices} if fed.slices else {}),
+    }  # fmt: skip
+    rows = list(range(min(scans, fed.scans)))
+    with noting(f"{fed.model}, resident") as name:
+        infer = _network(fed, device)
+        with open_loader(store, rows=rows[: fed.batch_size], backend="torch", **options) as loader:
+            images = next(iter(loader)).images.clone()
+        measure(name, partial(_pass, [images] * (len(rows) // fed.batch_size), device, use=infer), raw, what)
+    for backend in ("dali", "torch"):
+        with (
+            noting(f"{fed.model}, {backend}") as name,
+            open_loader(store, rows=rows, shuffle=True, backend=backend, **options) as loader,
+        ):
+            infer = _network(fed, device)
+            measure(name, partial(_pass, loader, device, use=infer), raw, what)
+
+
+def _network(fed: Fed, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     from torchvision.models import resnet18
     from torchvision.models.video import r3d_18
 
-    three_d = model == "r3d_18"
-    network = (r3d_18 if three_d else resnet18)(weights=None).eval().to(device, torch.bfloat16)
-    network = network.to(memory_format=torch.channels_last_3d if three_d else torch.channels_last)
-    view: dict[str, Any] = {} if three_d else {"view": "axial", "slices": 2 if small else 9}
-    size = 2 if small else (8 if three_d else 32)
-    options: dict[str, Any] = {
-        "batch_size": size, "dtype": "bfloat16", "channels": 3, "channels_last": True, "drop_last": True,
-        "device": str(device), **view,
-    }  # fmt: skip
+    network = (resnet18 if fed.slices else r3d_18)(weights=None).eval().to(device, torch.bfloat16)
+    network = network.to(memory_format=torch.channels_last if fed.slices else torch.channels_last_3d)
 
     @torch.inference_mode()
-    def run(batches: Iterable[torch.Tensor]) -> int:
-        count = 0
-        for images in batches:
-            network(images if three_d else images.flatten(0, 1))
-            count += len(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return count
+    def infer(images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = network(images.flatten(0, 1) if fed.slices else images)
+        return features
 
-    with _noting(failures, f"{model}, resident") as name:
-        with open_loader(store, rows=list(range(size)), backend="torch", **options) as loader:
-            images = next(iter(loader)).images.clone()
-        measure(name, lambda: run(repeat(images, max(1, scans // size))), raw, what)
-    for backend in ("dali", "torch"):
-        with (
-            _noting(failures, f"{model}, {backend}") as name,
-            open_loader(store, shuffle=True, backend=backend, **options) as loader,
-        ):
-            measure(name, partial(_fed, run, loader), raw, what)
-
-
-@contextlib.contextmanager
-def _noting(failures: dict[str, str], name: str) -> Iterator[str]:
-    """Note what goes wrong and go on: the machine is there for minutes, and what does work is worth having."""
-    try:
-        yield name
-    except OtherPixelsError:
-        raise
-    except Exception as error:
-        failures[name] = f"{error!r}\n{traceback.format_exc(limit=-3)}"
-
-
-def _fed(run: Callable[[Iterable[torch.Tensor]], int], loader: Loader) -> int:
-    return run(batch.images for batch in loader)
+    return infer

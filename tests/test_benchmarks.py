@@ -131,13 +131,26 @@ def test_loaders_gpu_goes_on_when_something_fails(tmp_path, monkeypatch):
 
     opened = loaders_gpu.open_loader
     monkeypatch.setattr(loaders_gpu, "open_loader", fail)
-    report = loaders_gpu.run_loaders_gpu(
-        tmp_path, device="cpu", scans=4, shape=(16, 24, 16), slabs=(4,), batch_size=2, seconds=0
-    )
+    options = {"device": "cpu", "scans": 4, "shape": (16, 24, 16), "slabs": (4,), "batch_size": 2, "seconds": 0}
+    kept: list = []
+    report = loaders_gpu.run_loaders_gpu(tmp_path, **options, on_report=kept.append)
     assert "no inflate here" in report.settings["failures"]["inflated there, slabs of 4"]
     names = {result.name for result in report.results}
     assert "decoded on the CPU, slabs of 4" in names
     assert "resnet18, torch" in names
+    assert [len(one.results) for one in kept][-1] == len(names), "what there is, is handed over after each measurement"
+    assert len(kept) == len(names) + len(report.settings["failures"])
+
+
+def test_loaders_gpu_does_not_measure_a_loader_of_other_pixels(tmp_path, monkeypatch):
+    from benchmarks import loaders_gpu
+
+    monkeypatch.setattr(loaders_gpu.VolumeReader, "read", lambda _, rows: np.ones((len(rows), 16, 24, 16), np.uint8))
+    options = {"device": "cpu", "scans": 4, "shape": (16, 24, 16), "slabs": (4,), "batch_size": 2, "seconds": 0}
+    report = loaders_gpu.run_loaders_gpu(tmp_path, **options)
+    assert "OtherPixelsError" in report.settings["failures"]["inflated there, slabs of 4"]
+    assert "inflated there, slabs of 4" not in {result.name for result in report.results}
+    assert "limit: copy of voxels" in {result.name for result in report.results}
 
 
 def test_probe(tmp_path):
