@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -60,24 +61,17 @@ def loaders_gpu(
     """Load onto a GPU: inflated there or decoded here, by thickness of slabs, with networks behind; 8 minutes."""
     from benchmarks.loaders_gpu import run_loaders_gpu
 
-    def keep(report: Report) -> None:
-        for result in report.results[-1:]:
-            print(
-                f"{result.name}: {result.value} {result.unit}; failures: {len(report.settings['failures'])}", flush=True
-            )
-        if json_file:
-            save(report, json_file)
-
     report = run_loaders_gpu(
-        directory, device=device, scans=scans, shape=shape, batch_size=batch_size, seconds=seconds, on_report=keep
+        directory,
+        device=device,
+        scans=scans,
+        shape=shape,
+        batch_size=batch_size,
+        seconds=seconds,
+        on_report=_keeping(json_file),
     )
     show(report, Console())
-    for name, reason in report.settings["failures"].items():
-        print(f"failed: {name}: {reason.splitlines()[0]}")
-    if json_file:
-        save(report, json_file)
-    if report.settings["failures"]:
-        raise typer.Exit(1)
+    _end(report, json_file)
 
 
 @app.command("extract")
@@ -136,14 +130,15 @@ def finetune_command(
     """Train from a store, and the same networks fed from memory; 4 minutes."""
     from benchmarks.finetune import MEMORY, STORE, TARGET, run_finetune
 
-    report = run_finetune(directory, device=device, shape=shape, steps=steps, turns=turns)
+    report = run_finetune(
+        directory, device=device, shape=shape, steps=steps, turns=turns, on_report=_keeping(json_file)
+    )
     show(report, Console())
     ratios = {name: ratio for name, ratio in report.ratios.items() if name.endswith(f"{STORE}/{MEMORY}")}
     slow = [name for name, ratio in ratios.items() if ratio < TARGET]
     answer = f"no, not of {'; '.join(slow)}" if slow else "yes, of all"
     print(f"{STORE}/{MEMORY} at least {TARGET:g}: {answer}")
-    if json_file:
-        save(report, json_file)
+    _end(report, json_file)
 
 
 @app.command("finetune-cohort")
@@ -235,6 +230,29 @@ def tables(
         print(f"{name}: {seconds:.2f} s" + (f" (with 100,000 rows at most {target:g} s)" if target else ""))
     if json_file:
         save(report, json_file)
+
+
+def _keeping(json_file: Path | None) -> Callable[[Report], None]:
+    """Return what prints and keeps what there is of a report: a GPU may be there for minutes only."""
+
+    def keep(report: Report) -> None:
+        failed = f"; {len(report.settings['failures'])} failures" if report.settings["failures"] else ""
+        for result in report.results[-1:]:
+            print(f"{result.name}: {result.value} {result.unit}{failed}", flush=True)
+        if json_file:
+            save(report, json_file)
+
+    return keep
+
+
+def _end(report: Report, json_file: Path | None) -> None:
+    """Write a report, and say what failed."""
+    if json_file:
+        save(report, json_file)
+    for name, reason in report.settings["failures"].items():
+        print(f"failed: {name}: {reason.splitlines()[0]}")
+    if report.settings["failures"]:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

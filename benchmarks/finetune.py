@@ -20,6 +20,7 @@ import copy
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -87,9 +88,9 @@ CASES = {
         Case("r3d_18", None, 1, 0.5, batch=1, steps=2, turns=2),
     ),
     "cuda": (
-        Case("resnet18", "axial", 9, 1.0, batch=64, steps=60, turns=5),
-        Case("resnet18", "triplanar", 3, 1.0, batch=64, steps=40, turns=5),
-        Case("r3d_18", None, 1, 1.0, batch=8, steps=20, turns=5),
+        Case("resnet18", "axial", 9, 1.0, batch=64, steps=50, turns=3),
+        Case("resnet18", "triplanar", 3, 1.0, batch=64, steps=40, turns=3),
+        Case("r3d_18", None, 1, 1.0, batch=8, steps=12, turns=3),
     ),
 }
 
@@ -109,6 +110,7 @@ def run_finetune(
     shape: tuple[int, int, int] = SHAPE,
     steps: int | None = None,
     turns: int | None = None,
+    on_report: Callable[[Report], None] | None = None,
 ) -> Report:
     """Measure training.
 
@@ -120,11 +122,13 @@ def run_finetune(
         (z, y, x) of a volume.
     steps, turns
         Instead of those of `CASES`.
+    on_report
+        Called with what there is, after each case.
 
-    Raises
-    ------
-    ValueError
-        If losses differ between the ways.
+    Returns
+    -------
+    Report
+        ``settings["failures"]`` has what did not work, such as a way that has other losses, with its traceback.
     """
     where = torch.device(device)
     cases = [replace(c, steps=steps or c.steps, turns=turns or c.turns) for c in CASES[where.type]]
@@ -141,13 +145,17 @@ def run_finetune(
         "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
         "shape_zyx": list(shape), "packed_megabytes": round(packed / 1e6, 3), "scans": scans,
         "cases": {case.name: vars(case) for case in cases},
-        "gflops_per_scan": {}, "starved": {}, "backend": {}, "target": TARGET,
+        "gflops_per_scan": {}, "starved": {}, "backend": {}, "target": TARGET, "failures": {},
         "versions": package_versions("torch", "torchvision", "nvidia-dali-cuda130"),
     }  # fmt: skip
     ratios: dict[str, float] = {}
     for case in cases:
         for how in (PLAIN, AUGMENTED):
-            found, flops = measure(case, store, device, how == AUGMENTED, settings)
+            try:
+                found, flops = measure(case, store, device, how == AUGMENTED, settings)
+            except Exception as error:  # a GPU may be there for minutes, and what does work is worth having
+                settings["failures"][f"{case.name}{how}"] = f"{error!r}\n{traceback.format_exc(limit=-3)}"
+                continue
             settings["gflops_per_scan"][case.name] = round(flops / 1e9, 2)
             for way, measured in found.items():
                 name = f"{case.name}{how}, {way}"
@@ -159,6 +167,8 @@ def run_finetune(
             ratios[f"{case.name}{how}: {STORE}/{MEMORY}"] = _ratio(found[STORE], found[MEMORY])
             if BEFOREHAND in found:
                 ratios[f"{case.name}{how}: {MEMORY}/{BEFOREHAND}"] = _ratio(found[MEMORY], found[BEFOREHAND])
+            if on_report is not None:
+                on_report(Report("finetune", settings, list(results), dict(ratios)))
     shutil.rmtree(path)
     return Report("finetune", settings, results, ratios)
 
