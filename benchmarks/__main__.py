@@ -76,21 +76,23 @@ def loaders_gpu(
 
 @app.command("extract")
 def extract_command(
-    scans: Annotated[int, typer.Option(min=1, help="Scans for the 2D network.")] = 40,
-    volumes: Annotated[int, typer.Option(min=1, help="Scans for the 3D network.")] = 4,
+    scans: Annotated[
+        int | None, typer.Option(min=1, help="Of a turn, at most.", show_default="by network and device")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     stored: Annotated[int, typer.Option(min=1, help="Scans of the simulated store.")] = 256,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     directory: Directory = DIRECTORY / "loaders",
     json_file: JsonFile = None,
 ) -> None:
-    """Embed scans: plain torchvision, our networks fed from memory, and extract; 3 minutes."""
+    """Embed scans: a plain loop, plain torchvision, our networks fed from memory, and extract; 4 minutes."""
     from benchmarks.extract import run_extract
 
-    report = run_extract(directory, scans=scans, volumes=volumes, repeats=repeats, stored=stored, device=device)
+    report = run_extract(
+        directory, scans=scans, repeats=repeats, stored=stored, device=device, on_report=_keeping(json_file)
+    )
     show(report, Console())
-    if json_file:
-        save(report, json_file)
+    _end(report, json_file)
 
 
 @app.command("probe")

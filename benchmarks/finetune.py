@@ -34,7 +34,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arithmetic import arithmetic_speed
-from benchmarks.loaders_gpu import SHAPE, make_store, make_volumes
+from benchmarks.made import DIFFERENT, SHAPE, make_store, make_volumes
 from benchmarks.results import Report, Result
 from extract.distributed import Group
 from extract.fast import memory_for
@@ -53,7 +53,6 @@ from loaders.views import plan_picture
 MEMORY, STORE, BEFOREHAND = "from memory", "from the store", "augmented beforehand"
 PLAIN, AUGMENTED = "", ", augmented"
 
-_DIFFERENT = 32  # volumes; the store's other scans are links to them
 _KEPT = 4  # batches in memory, over and over
 _AHEAD = 3  # batches of the store beyond those that a turn takes, so that its loader never comes to an end
 TARGET = 0.95  # of the speed from memory
@@ -134,7 +133,7 @@ def run_finetune(
     cases = [replace(c, steps=steps or c.steps, turns=turns or c.turns) for c in CASES[where.type]]
     scans = max(case.batch * (case.steps + 1 + _AHEAD) for case in cases)
     path = directory / "store.zarr"
-    packed = make_store(path, make_volumes(min(scans, _DIFFERENT), shape), slab=4, scans=scans)
+    packed = make_store(path, make_volumes(min(scans, DIFFERENT), shape), slab=4, scans=scans)
     store = open_store(path)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     peak = arithmetic_speed(where, dtype)

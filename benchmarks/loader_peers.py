@@ -24,6 +24,7 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.made import FILE_SHAPE_XYZ, START_XYZ, STOP_XYZ
 from ingest.store import VolumeStore
 from loaders import VolumeReader
 
@@ -32,9 +33,6 @@ CACHED_SCANS = 64
 
 #: Scans in a shard of WebDataset, and compressed scans in its shuffle buffer: 20 MB and 40 MB.
 SHARD_SCANS, BUFFER_SCANS = 8, 16
-
-_START_XYZ, _STOP_XYZ = (11, 13, 11), (171, 205, 171)  # of the store's grid in the sources' 182 x 218 x 182 voxels
-_FILE_SHAPE_XYZ = (182, 218, 182)
 
 _Read = Callable[[int], Any]  # voxels of the volume at a position
 
@@ -173,7 +171,7 @@ def monai_transform() -> Any:
         [
             LoadImage(image_only=True, ensure_channel_first=True),
             Orientation("RAS", labels=None),
-            SpatialCrop(roi_start=_START_XYZ, roi_end=_STOP_XYZ),
+            SpatialCrop(roi_start=START_XYZ, roi_end=STOP_XYZ),
             Lambda(scale_to_percentile),  # a bare function would not be cached, for MONAI takes it for a random one
             EnsureType(track_meta=False),  # plain tensors are cheaper to batch
         ]
@@ -230,7 +228,7 @@ def _monai_cached(source: Source, _: Path, rows: np.ndarray) -> Any:
 def _torchio(source: Source, _: Path, rows: np.ndarray) -> Any:
     import torchio as tio
 
-    (x, y, z), (to_x, to_y, to_z) = _START_XYZ, (n - stop for n, stop in zip(_FILE_SHAPE_XYZ, _STOP_XYZ, strict=True))
+    (x, y, z), (to_x, to_y, to_z) = START_XYZ, (n - stop for n, stop in zip(FILE_SHAPE_XYZ, STOP_XYZ, strict=True))
     transform = tio.Compose(
         [
             tio.ToCanonical(copy=False),  # a copy would be one of all voxels, of a subject that nobody else has
@@ -348,3 +346,5 @@ PEERS: tuple[Peer, ...] = (
     Peer("zarr-python", "uint8, zstd", "zarr", partial(_Volumes, _open_zarr), _write_zarr),
     Peer("npy", "uint8 .npy", "torch", partial(_Volumes, _open_npy), _write_npy),
 )
+
+MONAI = PEERS[0]  # as streaming from files is what most people do

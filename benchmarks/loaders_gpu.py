@@ -1,8 +1,7 @@
 """Scans a second onto a GPU: inflated there, or decoded on the CPU, by thickness of slabs, and with networks behind.
 
-Everything is made here, so that it runs on a machine that has nothing but this package: volumes of which 40 % are
-noise and the rest is nothing, which LZ4 packs about as well as brains. With ``device="cpu"`` the same code runs without
-a GPU, and says nothing of one.
+Volumes are made up, so that it runs on a machine that has nothing but this package. With ``device="cpu"`` the same
+code runs without a GPU, and says nothing of one.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -23,17 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.made import DIFFERENT, SHAPE, make_store, make_volumes
 from benchmarks.results import Report, Result
 from ingest.decode import COMPILED
-from ingest.grid import Grid
-from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_path, write_shard
-from ingest.store import create_store, package_versions
+from ingest.store import package_versions
 from loaders import Batch, VolumeReader, open_loader
 
-SHAPE = (160, 192, 160)
 SLABS = (2, 4, 8, 16)
-_DIFFERENT = 32  # volumes; a store's other scans are links to them
 _WARM_UP = 8  # batches
 
 
@@ -98,7 +92,7 @@ def run_loaders_gpu(
         "versions": package_versions("torch", "torchvision", "nvidia-dali-cuda130", "zarr", "numcodecs"),
         "cuda": torch.version.cuda, "cores_used": {}, "gigabytes_per_second": {}, "failures": failures,
     }  # fmt: skip
-    volumes = make_volumes(min(scans, _DIFFERENT), shape)
+    volumes = make_volumes(min(scans, DIFFERENT), shape)
     raw = int(np.prod(shape))
 
     def report() -> Report:
@@ -175,37 +169,6 @@ def _ratios(values: dict[str, float], slabs: tuple[int, ...]) -> dict[str, float
             if resident and fed:
                 ratios[f"{model}: {backend}/resident"] = fed / resident
     return {name: round(ratio, 4) for name, ratio in ratios.items()}
-
-
-def make_volumes(count: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return noise within ellipsoids, uint8 (volume, z, y, x); LZ4 packs it about 2.5 times."""
-    axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
-    z, y, x = np.meshgrid(*axes, indexing="ij")
-    inside = (z / 0.92) ** 2 + (y / 0.92) ** 2 + (x / 0.9) ** 2 < 1
-    rng = np.random.default_rng(0)
-    return np.stack([np.where(inside, rng.integers(20, 250, shape, dtype=np.uint8), 0) for _ in range(count)])
-
-
-def make_store(path: Path, volumes: np.ndarray, slab: int, scans: int) -> float:
-    """Write a store of so many scans, the volumes in turn; return the mean bytes of a shard."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    identity = tuple(tuple(float(a == b) for b in range(4)) for a in range(4))
-    rows = [ScanRow(f"{n:05d}", "", "T1", f"{n}.nii.gz", status="ok", scale=1.0) for n in range(scans)]
-    depth, height, width = volumes.shape[1:]
-    grid = Grid((depth, height, width), 1.0, identity, "native")
-    create_store(path, rows, grid, slab=slab, attrs={"settings": {}, "intensity": {}, "simulated": True})
-
-    def write(number: int) -> None:
-        write_shard(Path(str(shard_path(path, number))), encode_shard(volumes[number], slab))
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(write, range(min(scans, len(volumes)))))
-    for number in range(len(volumes), scans):
-        shard = Path(str(shard_path(path, number)))
-        shard.parent.mkdir(parents=True)
-        os.link(shard_path(path, number % len(volumes)), shard)
-    return float(np.mean([os.stat(str(shard_path(path, n))).st_size for n in range(min(scans, len(volumes)))]))
 
 
 def _compare(store: Path, volumes: np.ndarray, options: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.finetune_cohort import Clock, Pretraining, prepare_cohort, pretrain
-from benchmarks.loaders_gpu import SHAPE
+from benchmarks.made import SHAPE
 from benchmarks.results import Report, Result
 from extract.probing.writing import write_whole
 from finetune.batch_norm import SCANS
