@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from extract.inputs import pictures_of, resize, target_size
 from extract.models import FAMILIES, MODELS, family_of, make_network
 from finetune.heads import Head
+from finetune.planes import through
 from loaders.views import View
 
 #: Those of torchvision's networks that are made of a stem and four stages.
@@ -139,10 +140,9 @@ class ScanNetwork(nn.Module):
         pictures = pictures_of(images, self.seen.view, self.seen.slices, self.seen.crop, cut=cut)
         if self.seen.view is View.volume:
             return self.encode(pictures[0])
-        slices = torch.cat(
-            [self.encode(group.flatten(0, 1)[:, None]).unflatten(0, group.shape[:2]) for group in pictures], dim=1
-        )
-        return self.pool_slices(slices)
+        encoded = self.encode_planes([group.flatten(0, 1)[:, None] for group in pictures])
+        slices = [found.unflatten(0, group.shape[:2]) for found, group in zip(encoded, pictures, strict=True)]
+        return self.pool_slices(torch.cat(slices, dim=1))
 
     def pool_slices(self, slices: torch.Tensor) -> torch.Tensor:
         """(scan, slice, feature) -> (scan, feature)."""
@@ -150,11 +150,7 @@ class ScanNetwork(nn.Module):
 
     def encode(self, grey: torch.Tensor) -> torch.Tensor:
         """(item, 1, [z,] y, x) -> (item, feature)."""
-        highest = 1 if grey.is_floating_point() else 255
-        size = target_size(grey.shape[2:], self.seen.scale, self.seen.size)
-        x = resize(grey, size).to(self._mean.dtype)
-        x = (x / highest - self._mean) / self._std  # one grey channel becomes three
-        x = x.contiguous(memory_format=torch.channels_last_3d if grey.ndim == 5 else torch.channels_last)
+        x = self._prepare(grey)
         if not (self.checkpointing and self.training):
             features: torch.Tensor = self.encoder(x)
             return features
@@ -162,6 +158,27 @@ class ScanNetwork(nn.Module):
             x = checkpoint(stage, x, use_reentrant=False, context_fn=partial(_contexts, stage))
         pooled: torch.Tensor = self.encoder.avgpool(x)
         return pooled.flatten(1)
+
+    def encode_planes(self, planes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Encode the slices of each plane as `encode` does; batch norms that are trained see those of all planes."""
+        if len(planes) == 1 or not any(part.training for part in self.encoder.modules() if isinstance(part, NORMS)):
+            return [self.encode(grey) for grey in planes]
+        pictures = [self._prepare(grey) for grey in planes]
+        for stage in self._stage_functions():
+            if self.checkpointing:
+                run = partial(through, stage)
+                pictures = checkpoint(run, pictures, use_reentrant=False, context_fn=partial(_contexts, stage))
+            else:
+                pictures = through(stage, pictures)
+        return [self.encoder.avgpool(x).flatten(1) for x in pictures]
+
+    def _prepare(self, grey: torch.Tensor) -> torch.Tensor:
+        """Return what torchvision's network is given of grey pictures."""
+        highest = 1 if grey.is_floating_point() else 255
+        size = target_size(grey.shape[2:], self.seen.scale, self.seen.size)
+        x = resize(grey, size).to(self._mean.dtype)
+        x = (x / highest - self._mean) / self._std  # one grey channel becomes three
+        return x.contiguous(memory_format=torch.channels_last_3d if grey.ndim == 5 else torch.channels_last)
 
     def _stage_functions(self) -> Iterator[nn.Sequential]:
         yield nn.Sequential(*(stage for _, stage in stem_of(self.encoder)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -315,6 +316,35 @@ def test_of_three_planes_no_more_is_augmented_than_is_seen(crop):
     assert what_to_augment(make_network([SEX], view="axial").seen, (18, 20, 16)) is None
 
 
+@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+def test_batch_norms_see_all_planes_at_once(model):
+    network = make_network([SEX], model=model, view="triplanar").double().train()
+    alike = [torch.rand(scans, 1, 64, 48).double() for scans in (2, 3)]  # as one tensor, which only these can be
+    together, planes = copy.deepcopy(network), copy.deepcopy(network)
+    expected = together.encode(torch.cat(alike))
+    found = torch.cat(planes.encode_planes(alike))
+    torch.testing.assert_close(found, expected)
+    for one, other in ((expected, together), (found, planes)):
+        (one**2).sum().backward()
+        other.eval()
+    for (name, value), other in zip(together.state_dict().items(), planes.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, value, msg=name)
+    for (name, p), other in zip(together.encoder.named_parameters(), planes.encoder.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, p.grad, msg=name)
+    different = [torch.rand(2, 1, *shape).double() for shape in ((64, 48), (48, 56), (40, 64))]
+    planes.train()
+    norm = planes.encoder.bn1
+    norm.momentum = 1.0
+    planes.encode_planes(different)
+    with torch.no_grad():
+        stem = [planes.encoder.conv1(planes._prepare(plane)).movedim(1, -1).reshape(-1, 64) for plane in different]
+    torch.testing.assert_close(norm.running_mean, torch.cat(stem).mean(dim=0))
+    torch.testing.assert_close(norm.running_var, torch.cat(stem).var(dim=0))
+    planes.eval()
+    for one, plane in zip(planes.encode_planes(different), different, strict=True):
+        torch.testing.assert_close(one, planes.encode(plane))
+
+
 @pytest.mark.parametrize("kind", ["triplanar", "volume", "frozen"])
 def test_checkpointing_changes_nothing(kind):
     until = "layer1" if kind == "frozen" else None
@@ -326,7 +356,7 @@ def test_checkpointing_changes_nothing(kind):
         network.freeze(until, batch_norm=False)
         network.train()
         calls = []
-        network.encoder.layer3.register_forward_pre_hook(lambda *_: calls.append(1))
+        network.encoder.layer3[0].conv1.register_forward_pre_hook(lambda *_: calls.append(1))
         for _ in range(1 if kind == "volume" else 2):
             outputs = network(images)
             (outputs**2).sum().backward()
