@@ -7,6 +7,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
@@ -124,6 +125,7 @@ def _load(file: IO[bytes], path: str) -> object:
         raise WeightsUnavailableError(f"{path} is a web page, not weights; download the file that it leads to")
     if start.startswith(b"version https://git-lfs"):
         raise WeightsUnavailableError(f"{path} is a pointer of Git LFS, not weights; run: git lfs pull")
+    _check_bytes(file, path)
     try:
         with warnings.catch_warnings():  # about pickles of other versions: what cannot be loaded is an error anyhow
             warnings.simplefilter("ignore")
@@ -134,6 +136,27 @@ def _load(file: IO[bytes], path: str) -> object:
             "save one with torch.save(model.state_dict(), FILE)"
         ) from None
     return content
+
+
+def _check_bytes(file: IO[bytes], path: str) -> None:
+    """Compare what a file holds with its checksums, which torch does not look at: damaged numbers are numbers, too."""
+    if not zipfile.is_zipfile(file):  # written by torch before 1.6, or no weights at all
+        file.seek(0)
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            known = any(record.CRC for record in archive.infolist())  # torch may be told to write none
+            damaged = archive.testzip() if known else None
+    except OSError:
+        raise
+    except Exception:  # damage makes the reader fail in any way
+        damaged = "its table of contents"
+    file.seek(0)
+    if damaged is not None:
+        raise WeightsUnavailableError(
+            f"{path} is damaged: the bytes of {damaged} in it are not those that were written; copy or download it "
+            "again"
+        )
 
 
 def _reason(error: Exception) -> str:

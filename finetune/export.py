@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -214,7 +215,9 @@ def _write_weights(loaded: LoadedRun, out: Path) -> dict[str, Any]:
     note = {"format": FORMAT, **_origin(loaded), "mean": list(seen.mean), "std": list(seen.std)}
     state = OrderedDict((name, value.detach().clone()) for name, value in loaded.network.encoder.state_dict().items())
     setattr(state, NOTE, note)  # no entry: it would be taken for a parameter
-    write_whole(out, lambda temporary: torch.save(state, temporary))
+    content = io.BytesIO()
+    torch.save(state, content)
+    _write(out, content)
     return note
 
 
@@ -232,13 +235,15 @@ def _write_program(loaded: LoadedRun, out: Path) -> dict[str, Any]:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names of folders
     description = description_of(loaded)
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # by its name torch would want another ending
-            torch.export.save(program, file, extra_files={DESCRIPTION: json.dumps(description, indent=1)})
-
-    write_whole(out, write)
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={DESCRIPTION: json.dumps(description, indent=1)})
+    _write(out, content)
     return description
+
+
+def _write(out: Path, content: io.BytesIO) -> None:
+    """Write a file that is whole by now: torch's writers end the process where a disk is full."""
+    write_whole(out, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
 _WRITERS: dict[str, Callable[[LoadedRun, Path], dict[str, Any]]] = {".pt": _write_weights, ".pt2": _write_program}

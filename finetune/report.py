@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def render_finetune_report(
         "finetune.html",
         simulated=bool(run.attrs.get("simulated")),
         summary=_summary(result, run),
-        provenance=[("Run", _provenance(run)), ("Settings", _settings(run))],
+        provenance=[("Run", _provenance(run)), ("Settings", _settings(run)), *_resolved(run)],
         scratch=_weights(run) == "scratch" or _weights(run).startswith("random"),
         title=", ".join(head.name for head in run.heads),
         rows=[_row(one, result.validation, heads[one.name]) for one in result.test],
@@ -283,4 +283,14 @@ def _settings(run: LoadedRun) -> list[tuple[str, str]]:
     given = run.settings.model_dump(mode="json")
     for name in _PATHS:
         given[name] = None if given[name] is None else last_component(str(given[name]))
+    given["augmentation"] = given["augmentation"] or "default"
     return settings_lines(given, absent="not set")
+
+
+def _resolved(run: LoadedRun) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return what became of settings that depend on the machine or the data, where the run has recorded it."""
+    found = run.attrs.get("resolved")
+    if not isinstance(found, Mapping) or not found:
+        return []
+    shown = {str(name): last_component(str(value)) if name in _PATHS else value for name, value in found.items()}
+    return [("As it was run", settings_lines(shown))]

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from extract.probing.plots import BLUE, COLOURS, GREY, ORANGE, shorten, styled, to_svg
 from finetune.saliency import SaliencyMap, strongest_place
@@ -24,6 +24,7 @@ _DPI = 200
 _OPAQUE = 0.75  # of the strongest place
 _FEW = 40  # epochs whose points are marked
 _WIDE = 20  # the largest loss over the smallest, from which on the axis is logarithmic
+_DECADES = 1000  # ... and from which on whole decades are labels enough
 
 
 def loss_plot(history: Sequence[Mapping[str, float]], best_epoch: int) -> bytes:
@@ -91,7 +92,10 @@ def _epochs_plot(
         values = np.concatenate([points[:, 1] for points, _ in series.values()])
         if wide and len(values) and 0 < _WIDE * values.min() < values.max():
             axes.set_yscale("log")
+            if values.max() < _DECADES * values.min():
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())  # matplotlib's writes TeX
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)
         axes.set_axisbelow(True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from finetuning import call_command
 from report_page import svg_text
 from rich.console import Console
 from scipy import stats
@@ -23,6 +24,8 @@ from finetune.curves.results import CurveResult
 from finetune.curves.scores import target_curves
 from finetune.curves.settings import choose_methods, choose_sizes, from_scratch, make_curve_settings
 from finetune.curves.words import describe_state, describe_target, ends, signed
+from finetune.evaluate import score_head
+from finetune.heads import Head
 from finetune.settings import FinetuneSettings
 
 PEOPLE = 60
@@ -287,8 +290,55 @@ def test_words_count_what_is_not_done_and_what_failed():
     assert not result.complete
     found = describe_state(result)
     assert found[0].startswith("Incomplete: 1 of 15 cells not done, 1 of them under way in other processes")
-    assert found[1] == "Failed: transfer, 25 people, seed 0: step 3: the loss of sex is nan."
+    assert found[1:3] == [
+        "Failed: transfer, 25 people, seed 0: step 3: the loss of sex is nan.",
+        "What failed stays so; --retry-failed begins it anew.",
+    ]
+    assert found[3].startswith("With 100 of the 100 people to train on, the seeds share most of their people")
     assert result.targets[0].point("transfer", 25).seeds == (1, 2, 3, 4)
+
+
+def test_a_command_whose_cells_are_at_others_has_not_failed(monkeypatch, capsys, tmp_path):
+    cells = make_cells({"transfer": (1, 2, 3)})
+    curves = target_curves(cells, draws=100)
+    waiting = replace(cells[0], status="unfinished", targets=())
+    failed = replace(cells[1], status="failed", targets=())
+    for changed, elsewhere, code in (([waiting], 1, 0), ([waiting], 0, 1), ([waiting, failed], 1, 1)):
+        found = CurveResult(
+            tmp_path, make_plan(("transfer",)), curves, (*changed, *cells[len(changed) :]), elsewhere
+        )  # fmt: skip
+        monkeypatch.setattr("finetune.curves.running.run_curve", lambda *_, found=found, **__: found)
+        assert call_command(monkeypatch, "curve", "s.zarr", tmp_path, "--target", "sex") == code
+        assert "1 of 15 cells not done" in capsys.readouterr().out
+
+
+def test_options_of_the_curve_in_a_file_are_named(monkeypatch, capsys, tmp_path):
+    config = tmp_path / "c.yaml"
+    for line, option in (
+        ("train_sizes: [10]", "--train-sizes"),
+        ("seeds: 3", "--seeds"),
+        ("sizes: 3", "--train-sizes"),
+    ):
+        config.write_text(f"target: sex\n{line}\n")
+        assert call_command(monkeypatch, "curve", "s.zarr", tmp_path, "--config", config) == 1
+        assert f"is not of a training, but of the curve; take it out of the file, and give the command {option}\n" in (
+            capsys.readouterr().err
+        )
+
+
+def test_counts_are_compared_as_they_are_learnt():
+    cells = make_cells({"transfer": (1, 2, 3)}, seeds=2, binary=False)
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(np.exp(rng.normal(1, 1, PEOPLE))).astype(float)
+    guesses = counts * np.exp(rng.normal(0, 1, PEOPLE))
+    cells = [
+        replace(cell, targets=(replace(cell.targets[0], task="count", truth=counts, predicted=guesses),))
+        for cell in cells
+    ]
+    (curve,) = target_curves(cells, draws=100)
+    found = score_head(Head("age", "count"), counts, guesses, np.arange(PEOPLE), bootstrap=0).headline.score
+    assert found != pytest.approx(pearson(counts, guesses), abs=0.01)
+    assert curve.point("transfer", 25).scores == pytest.approx((found, found))
 
 
 def test_chart_and_tables_show_every_number(tmp_path):
@@ -348,5 +398,7 @@ def test_from_scratch_nothing_is_kept_and_with_scratch_there_is_nothing_to_trans
     methods, notes = choose_methods(("transfer", "scratch", "probe"), FinetuneSettings(weights="scratch"))
     assert methods == ("scratch", "probe")
     assert "transfer is left out" in notes[0]
+    with pytest.raises(ValueError, match=r"scratch_lr is 0\.001, but of the methods transfer,probe none trains from"):
+        choose_methods(("transfer", "probe"), settings, 1e-3)
     with pytest.raises(ValueError, match="there is nothing to transfer"):
         choose_methods(("transfer",), FinetuneSettings(weights="scratch"))

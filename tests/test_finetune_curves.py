@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,11 +18,16 @@ from report_page import Page
 from torchvision.models import resnet18
 
 from extract import build_encoder
+from extract.errors import WeightsUnavailableError
 from extract.probing.linear import ridge
 from extract.run import extract
+from finetune.checkpoints import checkpoint_of, write_checkpoint
 from finetune.curves import CurveSettings, read_curve, run_curve
 from finetune.curves.cells import Cell, claim, read_cell
-from finetune.curves.planning import read_plan
+from finetune.curves.frozen import embed_once
+from finetune.curves.planning import make_plan, read_plan
+from finetune.heads import Head
+from finetune.network import Input, ScanNetwork
 from finetune.run import finetune
 from finetune.settings import FinetuneSettings
 from finetune.split import read_split
@@ -212,12 +218,12 @@ def test_what_is_done_is_not_done_again_and_a_larger_curve_takes_it_over(finishe
 
 @pytest.fixture(scope="module")
 def shared(store: Path, settings: FinetuneSettings, tmp_path_factory: pytest.TempPathFactory):
-    """Return a function that goes on with one curve of sex, whose trainings from scratch cannot go well."""
+    """Return a function that goes on with one curve of sex, whose trainings cannot go well."""
     run_dir = tmp_path_factory.mktemp("shared") / "curve"
-    unstable = settings.model_copy(update={"target": ("sex",), "clip": None})
+    unstable = settings.model_copy(update={"target": ("sex",), "clip": None, "lr": 1e30})
 
     def go_on(on_progress=None, **chosen):
-        curve = CurveSettings(scratch_lr=1e30, draws=100, **chosen)
+        curve = CurveSettings(draws=100, **chosen)
         return run_curve(store, run_dir, unstable, curve, on_progress=on_progress)
 
     return go_on
@@ -276,13 +282,18 @@ def test_a_cell_that_fails_is_a_row_with_the_reason_and_tried_again_only_if_aske
     (failed,) = result.failed
     assert str(failed.cell) == "scratch, 10 people, seed 9"
     assert "learning rate" in failed.reason
+    assert "Begin another curve with a lower --scratch-lr, or --clip 1" in failed.reason
     assert result.targets[0].point("probe", 10) is not None
     assert "Failed: scratch, 10 people, seed 9: " in Page((result.run_dir / "curve.html").read_text()).text
     told = []
     assert shared(told.append, **chosen).failed
     assert not told
+    (failed.cell.folder(result.run_dir) / "results.json").write_text("{}")  # as of a run whose score is not defined
     assert shared(told.append, retry_failed=True, **chosen).failed
     assert {str(one.cell) for one in told} == {"scratch, 10 people, seed 9"}
+    assert "learning rate" in told[-1].result.reason
+    folder = failed.cell.folder(result.run_dir)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_another_curve_is_not_mixed_in(finished, store, settings, tmp_path):
@@ -300,6 +311,54 @@ def test_another_curve_is_not_mixed_in(finished, store, settings, tmp_path):
         run_curve(store, tmp_path / "c", settings.model_copy(update={"train_people": 10}), CURVE)
     with pytest.raises(FileNotFoundError, match="no curve at"):
         read_curve(tmp_path / "nothing")
+
+
+def test_a_curve_that_is_refused_leaves_nothing_that_the_next_one_would_use(store, settings, tmp_path):
+    volumes, run_dir = open_store(store), tmp_path / "c"
+    for refused, sizes, message in (
+        ({"test": 0}, (10,), "nobody is in the test part"),
+        ({}, (10, 400), "size 400 of the curve is more than the 30 people"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_plan(volumes, run_dir, settings.model_copy(update=refused), CurveSettings(sizes=sizes))
+    with pytest.raises(WeightsUnavailableError, match="no weights 'imagnet'"):
+        make_plan(volumes, run_dir, settings.model_copy(update={"weights": "imagnet"}), CURVE)
+    assert not list(run_dir.iterdir())
+    (run_dir / "split.csv").write_text("participant,part\n90000000,train\n")  # of a process that was killed here
+    chosen = settings.model_copy(update={"test": 0.1, "seed": 7})
+    plan, _ = make_plan(volumes, run_dir, chosen, CURVE)
+    assert (plan.people["test"], plan.people) == (6, Counter(read_split(run_dir / "split.csv").part_of.values()))
+    again, _ = make_plan(volumes, run_dir, chosen, CURVE)
+    assert again == plan
+
+
+def test_a_curve_tells_that_its_weights_know_people_of_the_store(store, settings, tmp_path):
+    volumes, weights = open_store(store), tmp_path / "run.pt"
+    head = Head("sex", "binary", ("female", "male"), frequencies=(0.5, 0.5))
+    network = ScanNetwork("resnet18", Input(View.axial, 1, None, (32, 32), 1.0, (0.5,) * 3, (0.5,) * 3), [head])
+    about = {"store": {"id": volumes.attrs["store_id"]}, "epoch": 2}
+    write_checkpoint(weights, checkpoint_of(network, settings, about))
+    chosen = settings.model_copy(update={"weights": str(weights)})
+    plan, _ = make_plan(volumes, tmp_path / "c", chosen, CURVE)
+    (note,) = [note for note in plan.notes if "was trained on people of this store" in note]
+    assert note.startswith("of the weights: run.pt (epoch 2)")
+    weights.unlink()
+    assert make_plan(volumes, tmp_path / "c", chosen, CURVE)[0].notes == plan.notes
+    alone = CURVE.model_copy(update={"methods": ("scratch",)})
+    assert note not in make_plan(volumes, tmp_path / "c", chosen, alone)[0].notes
+
+
+def test_scans_that_could_be_read_only_later_are_extracted_when_asked_for(store, settings, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    sound = shard_path(copy, 5).read_bytes()
+    shard_path(copy, 5).write_bytes(b"damaged")
+    volumes = open_store(copy)
+    assert 5 not in embed_once(volumes, tmp_path, settings).scans["row"].tolist()
+    shard_path(copy, 5).write_bytes(sound)
+    assert 5 not in embed_once(volumes, tmp_path, settings).scans["row"].tolist()
+    found = embed_once(volumes, tmp_path, settings, again=True)
+    assert found.scans["row"].tolist() == list(range(PEOPLE + 3))
 
 
 def test_a_claim_is_given_up_at_the_end_of_its_block(tmp_path):

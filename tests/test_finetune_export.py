@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
 import sys
 import zipfile
 from importlib.abc import MetaPathFinder
@@ -171,3 +172,16 @@ def test_what_is_there_stays(runs, tmp_path, monkeypatch, capsys):
     with pytest.raises(WeightsUnavailableError, match=r"old\.pt does not say of which grid"):
         export_run(tmp_path / "old.pt", tmp_path / "n.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.pt", "w.pt"]
+
+
+@pytest.mark.parametrize("name", ["w.pt", "p.pt2"])
+def test_a_disk_that_is_full_is_named(runs, tmp_path, monkeypatch, capsys, name):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
+    try:
+        code = call_command(monkeypatch, "export", runs["axial"], tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert f"{name} cannot be written: [Errno 27] File too large" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

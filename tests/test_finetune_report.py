@@ -19,6 +19,7 @@ from finetune.checkpoints import LoadedRun, load_run
 from finetune.examples import make_examples
 from finetune.network import ScanNetwork
 from finetune.report import render_finetune_report, write_finetune_report
+from finetune.report_plots import loss_plot
 from finetune.results import RunResult, read_result
 from finetune.settings import make_settings
 from ingest.grid import Grid
@@ -132,14 +133,27 @@ def test_page_of_a_run_has_all_its_parts_and_nothing_more(folder, trained, writt
     assert '<meta name="generator" content="brain-volumes' in source[:512]
 
 
+def test_an_axis_of_wide_losses_has_plain_numbers():
+    history = [{"epoch": number, "train_loss": loss, "lr": 1e-3} for number, loss in enumerate((0.8, 0.2, 0.03), 1)]
+    text = svg_text(loss_plot(history, 2))
+    assert "0.05 0.1 0.2 0.5 loss" in text
+    assert "$" not in text
+
+
 def test_simulated_and_pretrained_are_told(trained):
     result, run = trained
     attrs = {**run.attrs, "simulated": True, "weights": {"name": "/home/jane.doe/other.pt", "sha256": "0" * 64}}
-    settings = run.settings.model_copy(update={"weights": "homes/jane.doe/other.pt", "split": "jane.doe/split.csv"})
+    attrs["resolved"] = {"weights": "jane.doe/other.pt", "processes": 2, "augmentation": {"rotation_deg": 2.0}}
+    settings = run.settings.model_copy(
+        update={"weights": "homes/jane.doe/other.pt", "split": "jane.doe/split.csv", "augmentation": {}}
+    )
     page, _ = rendered(replace(result, test=[], history=[]), replace(run, attrs=attrs, settings=settings))
     assert "SIMULATED DATA" in page.text
     assert "from scratch" not in page.text
     assert "other.pt" in page.text
+    assert "augmentationdefault" in page.text
+    assert "As it was run" in page.text
+    assert "processes2 augmentationrotation_deg 2.0" in page.text
     assert "jane.doe" not in page.text
 
 

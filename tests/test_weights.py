@@ -231,6 +231,26 @@ def test_damage_anywhere_is_refused_or_harmless(tmp_path):
     assert refused > 60
 
 
+def test_numbers_that_were_damaged_are_noticed(tmp_path):
+    weights = {"a": torch.arange(1000.0), "b": torch.ones(3)}
+    path = Path(saved(tmp_path / "w.pth", weights))
+    content = bytearray(path.read_bytes())
+    start = content.index(weights["a"].numpy().tobytes())
+    for at in range(start, start + 600, 4):
+        content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        WeightsUnavailableError, match=r"w\.pth is damaged: the bytes of \S+/0 in it .* download it again"
+    ):
+        read_checkpoint(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        saved(path, weights)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_checkpoint(path).state_dict["a"], weights["a"]), "without checksums, there is none to fail"
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -317,6 +337,13 @@ def test_every_file_of_torchvision_has_digits_in_its_name():
         (["--weights", "random", "--crop", "17,4,4"], 1, "crop is 17 x 4 x 4"),
         (["--weights", "random", "--size", "64", "--scale", "0.5"], 1, "expected one of them"),
         (["--weights", "random", "--pooling", "sum"], 1, "expected one of mean, max, both"),
+        (
+            ["--weights", "random", "--model", "r3d_18", "--slices", "7"],
+            1,
+            "slices is 7, but r3d_18 sees whole volumes",
+        ),
+        (["--weights", "random", "--seed", "9" * 23], 1, "seed is 99999999999999999999999, expected 0 or more"),
+        (["--weights", "page.pth", "--seed", "5"], 1, "seed is 5, but only random weights depend on it"),
     ],
 )
 def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, code, words):
@@ -348,7 +375,9 @@ def test_the_command_line_gives_its_options_to_the_encoder(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["extract", "s.zarr", "e.h5", *options, "--json"])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 0, capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert ended.value.code == 0, printed.err
+    assert "warning: resnet18 sees pictures of 20 x 24 voxels; below 32" in printed.err
     found = open_embeddings(tmp_path / "e.h5")
     encoder = build_encoder(
         weights=plainly, layers=["layer1", "avgpool"], pooling="both", view="sagittal", slices=2, crop=(14, 9, 7),

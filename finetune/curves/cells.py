@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -194,9 +195,12 @@ def is_done(run_dir: Path, cell: Cell) -> bool:
 
 
 def forget_cell(run_dir: Path, cell: Cell) -> None:
-    """Take back that a cell came to an end; what it has trained so far stays."""
-    for name in (_RECORD, _PREDICTIONS):
-        (cell.folder(run_dir) / name).unlink(missing_ok=True)
+    """Take back that a cell came to an end, with all that it has kept: it begins anew."""
+    folder = cell.folder(run_dir)
+    aside = folder.with_name(f".{folder.name}.forgotten")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed below
+    folder.rename(aside)  # at once: a run that lacks some of its files could neither go on nor begin
+    shutil.rmtree(aside)
 
 
 @contextlib.contextmanager

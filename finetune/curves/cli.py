@@ -12,9 +12,10 @@ from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
 from finetune.curves.files import PAGE
-from finetune.curves.settings import make_curve_settings
+from finetune.curves.settings import CurveSettings, make_curve_settings
 from finetune.curves.work import CurveProgress
 from finetune.options import Config, settings_from, with_settings
+from finetune.settings import read_settings
 from ingest.progress import progress_bar
 
 console = Console()
@@ -42,6 +43,8 @@ def curve_command(
     **flags: Any,
 ) -> None:
     """Learning curves: fine-tuned, from scratch, and frozen with a probe, over numbers of people to train on."""
+    if config is not None:
+        _refuse_options(config)
     settings = settings_from(config, flags)
     curve = make_curve_settings(
         {
@@ -61,8 +64,19 @@ def curve_command(
     else:
         print_curve(result, console)
         console.print(f"page: {run_dir / PAGE}", soft_wrap=True, highlight=False, markup=False)
-    if not result.ok:
+    if result.failed or len(result.unfinished) > result.elsewhere:  # others answer for what they are at
         raise typer.Exit(1)
+
+
+def _refuse_options(config: Path) -> None:
+    """Raise ValueError if a file of settings, which are those of each training, has some of the curve."""
+    for name in read_settings(config):
+        option = {"sizes": "train-sizes"}.get(name, name.replace("_", "-"))
+        if option == "train-sizes" or option.replace("-", "_") in CurveSettings.model_fields:
+            raise ValueError(
+                f"{config}: {name} is not of a training, but of the curve; take it out of the file, and give the "
+                f"command --{option}"
+            )
 
 
 def _show(bar: Bar, task: TaskID, progress: CurveProgress) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from extract import Embeddings, build_encoder, open_embeddings
+from extract.embeddings import read_tables
 from extract.encoder import InputWarning
 from extract.models import family_of
 from extract.probing.cross_validation import fit_classes, left_out
@@ -20,6 +21,7 @@ from extract.probing.logistic import probabilities
 from extract.probing.results import TargetResult
 from extract.probing.targets import Target
 from extract.resume import extract_to
+from extract.run import wanted_rows
 from extract.timing import Timing
 from finetune.cohort import Cohort, as_table
 from finetune.evaluate import score_head
@@ -32,7 +34,12 @@ EMBEDDINGS = "embeddings.zarr"
 
 
 def embed_once(
-    store: VolumeStore, run_dir: Path, settings: FinetuneSettings, on_batch: Callable[[Timing], None] | None = None
+    store: VolumeStore,
+    run_dir: Path,
+    settings: FinetuneSettings,
+    on_batch: Callable[[Timing], None] | None = None,
+    *,
+    again: bool = False,
 ) -> Embeddings:
     """Return what the frozen network gives for the scans of a store, extracted the first time.
 
@@ -40,6 +47,8 @@ def embed_once(
     ----------
     settings
         Of the curve: the network sees the same of a scan as when it is fine-tuned. Slices are pooled by their mean.
+    again
+        Extract what is missing: scans that could not be read, or were not there.
 
     Raises
     ------
@@ -47,7 +56,7 @@ def embed_once(
         If another process is extracting.
     """
     path = run_dir / EMBEDDINGS
-    if not path.exists():  # it appears whole
+    if not path.exists() or (again and len(_missing(store, path))):  # it appears whole
         solid = family_of(settings.model).axes == 3
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)  # it is to see what the fine-tuned ones see
@@ -66,6 +75,11 @@ def embed_once(
             )
         extract_to(path, store.path, encoder, backend=settings.backend, threads=settings.threads, on_batch=on_batch)
     return open_embeddings(path)
+
+
+def _missing(store: VolumeStore, path: Path) -> np.ndarray:
+    """Return the rows of scans that an embedding file lacks."""
+    return np.setdiff1d(wanted_rows(store), read_tables(path).scans["row"].to_numpy())
 
 
 @dataclass(frozen=True)

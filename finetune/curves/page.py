@@ -46,6 +46,7 @@ def render_curve_page(result: CurveResult) -> str:
     """Return the page of `write_curve_page`."""
     plan = result.plan
     shown = {name: value for name, value in plan.settings.model_dump(mode="json").items() if name not in _NOT_SHOWN}
+    shown["augmentation"] = shown["augmentation"] or "default"
     return render_page(
         "finetune.curves",
         "curve.html",

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from extract.errors import WeightsUnavailableError
 from extract.models import family_of
 from extract.probing.writing import write_whole
+from extract.weights import about_store
+from finetune.build import find_weights
 from finetune.cohort import Cohort, read_cohort
 from finetune.curves.cells import Cell, held, list_cells
 from finetune.curves.settings import CurveSettings, choose_methods, choose_sizes, from_scratch
@@ -25,6 +28,9 @@ from ingest.store import VolumeStore, check_format, package_versions
 
 FORMAT, VERSION = "brain-curve", 1
 PLAN, SPLIT = "plan.json", "split.csv"
+
+#: Before what is noted of weights, to find it again where they are gone.
+_OF_WEIGHTS = "of the weights: "
 
 #: Settings that processes may have of their own. (The split is compared by what is in it.)
 _OWN = (*FREE, "split")
@@ -115,30 +121,38 @@ def make_plan(
         class of a target.
     StoreError
         If the folder is of other settings or another store, or no curve.
+    WeightsUnavailableError
+        If the weights cannot be had, and the curve is new.
     """
     if settings.train_people is not None:
         raise ValueError(f"train_people is {settings.train_people}: a curve has sizes; leave it out, or use sizes")
-    methods, notes = choose_methods(curve.methods, settings)
+    methods, notes = choose_methods(curve.methods, settings, curve.scratch_lr)
     with waiting_for(run_dir / "plan"):
         before = _read_before(run_dir)
+        scratch_lr = curve.scratch_lr
         if before is not None:
-            _compare(before, store, settings, curve.scratch_lr, run_dir)
-        cohort = _split_once(store, run_dir, settings)
+            if "scratch" not in methods:
+                scratch_lr = before.scratch_lr  # stays, for calls with scratch
+            _compare(before, store, settings, scratch_lr, run_dir)
+        cohort = _read_people(store, run_dir, settings, begun=before is not None)
         _check_test(cohort)
         people = cohort.people()
+        notes += [*_about_weights(store, settings, methods, before), *cohort.warnings]
         plan = Plan(
             settings=settings,
             sizes=choose_sizes(curve.sizes, people["train"]),
             methods=methods,
             seeds=curve.seeds,
-            scratch_lr=curve.scratch_lr,
+            scratch_lr=scratch_lr,
             draws=curve.draws,
             people=people,
             store={"name": store.path.name, "id": store.attrs["store_id"], "grid": store.attrs["grid"]},
             simulated=bool(store.attrs["simulated"]),
-            notes=(*notes, *cohort.warnings),
+            notes=tuple(notes),
             created_by=package_versions("torch", "torchvision", "zarr", "numpy"),
         )
+        if before is None or not (run_dir / SPLIT).is_file():  # now that nothing is left to be refused
+            write_split(run_dir / SPLIT, cohort.split)
         text = json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
         write_whole(run_dir / PLAN, lambda path: path.write_text(text, encoding="utf-8"))
     return plan, cohort
@@ -216,16 +230,29 @@ def _compare(before: Plan, store: VolumeStore, settings: FinetuneSettings, lr: f
         raise StoreError(f"{run_dir} was begun with {words}; use the same settings, or another folder")
 
 
-def _split_once(store: VolumeStore, run_dir: Path, settings: FinetuneSettings) -> Cohort:
-    """Split people, or read how that was done, and return who is there."""
+def _read_people(store: VolumeStore, run_dir: Path, settings: FinetuneSettings, *, begun: bool) -> Cohort:
+    """Split people, or of a curve that was begun read how that was done, and return who is there."""
     path = run_dir / SPLIT
-    if path.is_file():
-        if settings.split is not None and read_split(Path(settings.split)) != read_split(path):
-            raise StoreError(f"{run_dir} has another split than {settings.split}; leave it out, or use another folder")
-        return read_cohort(store, settings, path)
-    cohort = read_cohort(store, settings)
-    write_split(path, cohort.split)
-    return cohort
+    if not (begun and path.is_file()):  # without a plan it is of a process that was killed before anything was trained
+        return read_cohort(store, settings)
+    if settings.split is not None and read_split(Path(settings.split)) != read_split(path):
+        raise StoreError(f"{run_dir} has another split than {settings.split}; leave it out, or use another folder")
+    return read_cohort(store, settings, path)
+
+
+def _about_weights(
+    store: VolumeStore, settings: FinetuneSettings, methods: tuple[str, ...], before: Plan | None
+) -> list[str]:
+    """Return what is to be told of the weights of a run: above all that they know people of the store."""
+    if settings.weights == "scratch" or not {"transfer", "probe"} & set(methods):
+        return []
+    try:
+        weights = find_weights(settings)
+    except WeightsUnavailableError:
+        if before is None:
+            raise
+        return [note for note in before.notes if note.startswith(_OF_WEIGHTS)]  # cells that are done do without
+    return [f"{_OF_WEIGHTS}{line}" for line in about_store(weights, store)]
 
 
 def _check_test(cohort: Cohort) -> None:

@@ -168,7 +168,7 @@ class CurveResult:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was asked for is done: the exit code of the command is 0 only then."""
+        """Whether everything that was asked for is done; to the command what others are at is no failure."""
         return self.complete and not self.failed
 
     def to_json(self) -> dict[str, Any]:

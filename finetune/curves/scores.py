@@ -110,6 +110,8 @@ def _score_cells(of_cell: dict[Cell, TargetScores], rows: np.ndarray, draws: int
             codes = truth.astype(np.int64)
             score[cell], drawn[cell] = auc(codes, predicted), weighted_auc(codes, predicted, weights)
             continue
+        if target.task == "count":  # as the trainings themselves score it
+            truth, predicted = np.log1p(truth), np.log1p(predicted)
         score[cell], drawn[cell] = pearson(truth, predicted), weighted_pearson(truth, predicted, weights)
     margin = 0
     if first.labels:

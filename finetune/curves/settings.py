@@ -134,14 +134,21 @@ def from_scratch(settings: FinetuneSettings, lr: float | None = None) -> Finetun
     return settings.model_copy(update={"weights": "scratch", "weights_dir": None, **_ALL_TRAINED, **own})
 
 
-def choose_methods(methods: tuple[str, ...], settings: FinetuneSettings) -> tuple[tuple[str, ...], list[str]]:
+def choose_methods(
+    methods: tuple[str, ...], settings: FinetuneSettings, scratch_lr: float | None = None
+) -> tuple[tuple[str, ...], list[str]]:
     """Return the methods that make sense with some settings, and in words what is left out or changed, and why.
 
     Raises
     ------
     ValueError
-        If none is left.
+        If none is left, or there is a learning rate from scratch and nothing is trained from scratch.
     """
+    if scratch_lr is not None and "scratch" not in methods:
+        raise ValueError(
+            f"scratch_lr is {scratch_lr:g}, but of the methods {','.join(methods)} none trains from scratch; leave it "
+            "out, or add scratch"
+        )
     notes = []
     given_up = [
         f"{name} {getattr(settings, name)}" for name, value in _ALL_TRAINED.items() if getattr(settings, name) != value

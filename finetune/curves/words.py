@@ -11,6 +11,9 @@ from finetune.curves.results import CurveResult, Gap, TargetCurve
 
 METRICS = {"auc": "AUC", "r": "r"}
 
+#: Share of the people to train on from which on two seeds have more people in common than not.
+_MOSTLY_SHARED = 0.5
+
 #: The other methods as they are called within a sentence.
 NAMES = {"transfer": "transfer", "scratch": "scratch", "probe": "the frozen probe"}
 
@@ -55,13 +58,30 @@ def describe_state(result: CurveResult) -> list[str]:
     sentences = []
     if result.unfinished:
         where = f", {result.elsewhere} of them under way in other processes" if result.elsewhere else ""
+        others = "the last of these processes writes the whole curve, and should one die, " if result.elsewhere else ""
         sentences.append(
-            f"Incomplete: {len(result.unfinished)} of {len(result.cells)} cells not done{where}; the same command goes "
-            "on with them."
+            f"Incomplete: {len(result.unfinished)} of {len(result.cells)} cells not done{where}; {others}the same "
+            "command goes on with them."
         )
     sentences += [f"Failed: {cell.cell}: {cell.reason}." for cell in result.failed]
+    if result.failed:
+        sentences.append("What failed stays so; --retry-failed begins it anew.")
+    sentences += _shared_people(result)
     sentences += [f"{warning[0].upper()}{warning[1:]}." for warning in result.warnings]
     return sentences
+
+
+def _shared_people(result: CurveResult) -> list[str]:
+    """Say at which sizes the seeds cannot differ much in who is trained on: they draw from the same people."""
+    people = result.plan.people["train"]
+    several = {point.size for curve in result.targets for point in curve.points if point.estimate.seeds > 1}
+    sizes = [f"{size:,}" for size in sorted(several) if size > _MOSTLY_SHARED * people]
+    if not sizes:
+        return []
+    return [
+        f"With {listed(sizes)} of the {people:,} people to train on, the seeds share most of their people, so that the "
+        "interval tells little of who was trained on, and is too narrow."
+    ]
 
 
 def _tested(curve: TargetCurve, metric: str) -> list[str]:

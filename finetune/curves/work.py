@@ -25,6 +25,15 @@ from finetune.run import Progress, finetune
 from ingest.errors import StoreBusyError
 from ingest.store import VolumeStore
 
+#: What messages of runs and extractions advise -> what there is to do in a curve.
+_ADVICE = {
+    "Begin anew (--overwrite) with": "Begin another curve with",
+    "--overwrite begins anew": "--retry-failed begins anew",
+    "--overwrite begins the run anew": "--retry-failed begins it anew",
+    "--overwrite to begin anew": "--retry-failed to begin anew",
+    "add --overwrite to replace it, or choose another name": "remove it, and try again with --retry-failed",
+}
+
 _LOOK_AGAIN_S = (0.2, 20.0)  # while others are at work, the longer they take
 
 
@@ -126,7 +135,7 @@ class Work:
         except WeightsUnavailableError:  # which no cell will have
             raise
         except Exception as error:  # whatever it is, other cells may do
-            reason = " ".join((str(error) or type(error).__name__).split())
+            reason = _for_curves(" ".join((str(error) or type(error).__name__).split()), cell)
             result = CellResult(cell, "failed", reason, seconds=time.perf_counter() - begun)
         write_cell(self.run_dir, result)
         if not self.curve.keep_weights:
@@ -160,7 +169,7 @@ class Work:
 
     def _probe(self, cell: Cell) -> CellResult:
         if self.embeddings is None:
-            self.embeddings = embed_once(self.store, self.run_dir, self.plan.settings)
+            self.embeddings = embed_once(self.store, self.run_dir, self.plan.settings, again=self.curve.retry_failed)
         begun = time.perf_counter()
         settings = self.plan.settings_of(cell, self.run_dir)
         cohort = read_cohort(self.store, settings, self.run_dir / SPLIT)
@@ -207,3 +216,10 @@ class Work:
             truth=np.asarray(found.truth, np.float64),
             predicted=np.asarray(found.predicted, np.float64),
         )
+
+
+def _for_curves(reason: str, cell: Cell) -> str:
+    """Return why a cell failed, with what helps by the options of a curve."""
+    for advice, here in _ADVICE.items():
+        reason = reason.replace(advice, here)
+    return reason.replace("a lower --lr", "a lower --scratch-lr") if cell.method == "scratch" else reason
