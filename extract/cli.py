@@ -17,6 +17,7 @@ from extract.distributed import join_group
 from extract.embeddings import check_suffix, local_path
 from extract.encoder import DEFAULT_MODEL, Encoder, InputWarning, build_encoder
 from extract.fast import CompileWarning
+from extract.models import about_pictures
 from extract.resume import ExtractSummary, extract_to
 from extract.timing import Timing
 from extract.weights import WeightsUnavailableError, about_store
@@ -68,7 +69,7 @@ def extract_command(
     scale: Annotated[
         float | None, typer.Option(help="Or by a factor, e.g. 0.5 for half resolution.", show_default="1")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of random weights.", show_default="0")] = None,
     backend: Annotated[str, typer.Option(help="auto, dali or torch.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -84,6 +85,8 @@ def extract_command(
     """Embed every scan of a store with a frozen network."""
     path = local_path(out)
     check_suffix(path)
+    if seed is not None and weights != "random":
+        raise ValueError(f"seed is {seed}, but only random weights depend on it; leave it out, or use --weights random")
     with join_group() as group:
         with group.first_here(), warnings.catch_warnings(record=True) as warned:
             for kind in (CompileWarning, InputWarning):
@@ -91,10 +94,15 @@ def extract_command(
             volumes = open_store(store)  # before weights are looked for
             encoder = build_encoder(
                 model, weights=weights, weights_dir=weights_dir, layers=_names(layers), pooling=pooling, view=view,
-                slices=slices, crop=_numbers("crop", crop), size=_numbers("size", size), scale=scale, seed=seed,
+                slices=slices, crop=_numbers("crop", crop), size=_numbers("size", size), scale=scale, seed=seed or 0,
                 device=group.device(device), precision=precision, compiled=compiled,
             )  # fmt: skip
+            if slices is not None and encoder.view is View.volume:
+                raise ValueError(f"slices is {slices}, but {encoder.model} sees whole volumes; leave it out")
+            sizes = encoder.picture_sizes(volumes.grid.shape_zyx)
         told = [str(warning.message) for warning in warned] + about_store(encoder.weights, volumes)
+        if encoder.weights.trained is None:  # others were trained on what they see, or differ, which is said
+            told += about_pictures(encoder.model, sizes)
         for warning in told if group.rank == 0 else []:
             errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
         logging.getLogger("loaders").addFilter(_is_no_skipped_scan)

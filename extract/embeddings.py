@@ -239,12 +239,20 @@ def write_embeddings(path: str | Path, embeddings: Embeddings) -> None:
     StoreError
         If the name has another ending, or a folder that is no embeddings is there.
     ValueError
-        If features are no finite numbers.
+        If features are no finite numbers, or a column has a name that no file can keep.
     """
+    _check_names(embeddings)
     features = np.asarray(embeddings.features, np.float32)
     if not np.isfinite(features).all():
         raise ValueError("features are no finite numbers; expected a number of each scan and feature")
     write_file(local_path(path), embeddings._tables(), features.shape, lambda start, stop: features[start:stop])
+
+
+def _check_names(embeddings: Embeddings) -> None:
+    """Refuse names of columns that Zarr and HDF5 take for folders; ingest has made underscores of slashes."""
+    for name in map(str, [*embeddings.scans.columns, *embeddings.phenotypes.columns]):
+        if name in ("", ".", "..") or re.search(r"[/\\]", name):
+            raise ValueError(f"a column is called {name!r}, expected a name without slashes that is no path; rename it")
 
 
 def write_file(path: Path, tables: Tables, shape: tuple[int, ...], features: Features) -> None:

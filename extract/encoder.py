@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import warnings
@@ -21,8 +20,7 @@ from extract.grey import collapse_to_grey
 from extract.inputs import as_crop, as_size, pictures_of, resize, slices_to_load, target_size
 from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
 from extract.models import check_picture, family_of, make_network
-from extract.trained import Trained
-from extract.weights import Weights, find_checkpoint, load_weights
+from extract.weights import Weights, find_checkpoint, load_weights, sha256_of_parameters
 from loaders.views import View
 
 #: Of what lies between stored voxels and features: to be raised with every change after which the same settings give
@@ -31,6 +29,8 @@ from loaders.views import View
 ENCODING_VERSION = 1
 
 DEFAULT_MODEL = "resnet18"
+
+_SEEDS = 1 << 63  # that torch takes
 
 
 class InputWarning(UserWarning):
@@ -138,8 +138,13 @@ class Encoder:
             If the crop is larger, there are fewer slices, or the network does not take what it would see.
         """
         names = [layer.name for layer in self.layers]
-        for picture in self._pictures(torch.empty((1, *shape_zyx), dtype=torch.uint8, device="meta"), cut=False):
-            check_picture(self.model, target_size(picture.shape[2:], self.scale, self.size), names)
+        for size in self.picture_sizes(shape_zyx):
+            check_picture(self.model, size, names)
+
+    def picture_sizes(self, shape_zyx: tuple[int, int, int]) -> list[tuple[int, ...]]:
+        """Return how large the pictures of each plane are that the network sees of volumes; errors as `check`."""
+        pictures = self._pictures(torch.empty((1, *shape_zyx), dtype=torch.uint8, device="meta"), cut=False)
+        return [target_size(picture.shape[2:], self.scale, self.size) for picture in pictures]
 
     def _pictures(self, images: torch.Tensor, cut: bool) -> list[torch.Tensor]:
         return pictures_of(images, self.view, self.slices, self.crop, cut=cut)
@@ -202,7 +207,7 @@ def build_encoder(
     view
         Slices that a 2D model sees, by default `View.triplanar`; a 3D model takes `View.volume`.
     slices
-        Per plane, evenly spaced; by default 3.
+        Per plane, evenly spaced; by default 3. A 3D model has none.
     crop
         (z, y, x): only the central part of each volume is seen, and cut into slices.
     size
@@ -210,7 +215,7 @@ def build_encoder(
     scale
         Resizes the input, for instance 0.5 for half resolution; by default 1. Excludes ``size``.
     seed
-        Of random weights.
+        Of random weights, from 0 to 2**63 - 1.
     device
         ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, or ``cuda:N``.
     precision
@@ -251,6 +256,8 @@ def build_encoder(
         raise ValueError(f"view {view!s} does not go with {model}, expected {expected}")
     if slices < 1:
         raise ValueError(f"slices is {slices}, expected 1 or more")
+    if not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed is {seed}, expected 0 or more, and less than 2**63")
     if not 0 < scale <= 1:
         raise ValueError(f"scale is {scale}, expected more than 0 and at most 1")
     if size is not None and scale != 1:
@@ -266,12 +273,13 @@ def build_encoder(
     dtype = torch.float32 if plain else choose_precision(precision, chosen)
     loaded = loaded or load_weights(model, weights, weights_dir)
     if trained is not None:
-        _warn_of_differences(loaded.name, trained, view, slices, crop, size, scale)
+        for message in trained.warnings(loaded.name, view, slices, crop, size, scale):
+            warnings.warn(message, InputWarning, stacklevel=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = make_network(model)
     if loaded.state_dict is None:
-        loaded = replace(loaded, name=f"random (seed {seed})", sha256=_sha256_of_parameters(network))
+        loaded = replace(loaded, name=f"random (seed {seed})", sha256=sha256_of_parameters(network))
     else:
         network.load_state_dict({**network.state_dict(), **loaded.state_dict})
         loaded = replace(loaded, state_dict=None)  # the network has them now
@@ -319,24 +327,6 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _warn_of_differences(
-    name: str,
-    trained: Trained,
-    view: View,
-    slices: int,
-    crop: tuple[int, ...] | None,
-    size: tuple[int, ...] | None,
-    scale: float,
-) -> None:
-    unlike = trained.differences(view, slices, crop, size, scale)
-    if unlike:
-        message = f"{name} was trained with {unlike}: leave that out to see what it was trained on"
-        warnings.warn(message, InputWarning, stacklevel=3)
-    if trained.pool == "attention" and view is not View.volume:
-        message = f"{name} weighs the slices of a scan by attention; the features are their plain mean"
-        warnings.warn(message, InputWarning, stacklevel=3)
-
-
 def choose_device(device: str) -> torch.device:
     """Turn ``auto`` into a GPU where there is one, else the CPU; ValueError for what is unknown or not there."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -349,11 +339,3 @@ def choose_device(device: str) -> torch.device:
         there = f"of {gpus} GPUs there is none with this number" if gpus else "no GPU is at hand"
         raise ValueError(f"device is {device}, but {there}; use device 'cpu'" + (" or 'cuda'" if gpus else ""))
     return torch.device(device)
-
-
-def _sha256_of_parameters(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()

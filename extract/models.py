@@ -53,6 +53,8 @@ class Family:
         Each length of a picture must be a multiple of this.
     smallest, smallest_last
         Lengths of the smallest picture for all layers, and for the last one.
+    telling
+        Length below which a picture is taken, but shrinks to a position or two, which tell little of it.
     """
 
     axes: int
@@ -66,6 +68,7 @@ class Family:
     multiple: tuple[int, ...] | None = None
     smallest: tuple[int, ...] | None = None
     smallest_last: tuple[int, ...] | None = None
+    telling: int = 1
 
     @property
     def last(self) -> str:
@@ -82,8 +85,8 @@ _LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 #: By the module of torchvision that makes the networks.
 FAMILIES = {
-    "torchvision.models.resnet": Family(2, "fc", ("maxpool", *_LAYERS, "avgpool"), frozenset(_LAYERS)),
-    "torchvision.models.video.resnet": Family(3, "fc", ("stem", *_LAYERS, "avgpool"), frozenset(_LAYERS)),
+    "torchvision.models.resnet": Family(2, "fc", ("maxpool", *_LAYERS, "avgpool"), frozenset(_LAYERS), telling=32),
+    "torchvision.models.video.resnet": Family(3, "fc", ("stem", *_LAYERS, "avgpool"), frozenset(_LAYERS), telling=32),
     # Its last pool has a kernel of 2 x 7 x 7 positions, each 8 x 32 x 32 voxels; its pool before that one of 2 x 2 x 2.
     "torchvision.models.video.s3d": Family(
         3, "classifier", ("features", "avgpool"), frozenset({"features"}), vector=False,
@@ -189,6 +192,18 @@ def check_picture(model: str, size: Sequence[int], layers: Sequence[str]) -> Non
             f"{model} needs {_product(least)} voxels or more, not {_product(size)}; "
             f"use --size {_listed(map(max, size, least))}{hint}"
         )
+
+
+def about_pictures(model: str, sizes: Sequence[Sequence[int]]) -> list[str]:
+    """Return a warning if pictures of these sizes, of one plane each, are so small that features tell little."""
+    least = family_of(model).telling
+    smallest = min(sizes, key=min)
+    if min(smallest) >= least:
+        return []
+    return [
+        f"{model} sees pictures of {_product(smallest)} voxels; below {least} along an axis hardly a position is left "
+        "in its last layers: use a larger --size, --scale or --crop"
+    ]
 
 
 def _product(size: Sequence[int]) -> str:

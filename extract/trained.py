@@ -50,6 +50,24 @@ class Trained:
         then = ", ".join(f"{name} {_shown(getattr(self, name))}" for name in unlike)
         return f"{then}, not {', '.join(f'{name} {_shown(value)}' for name, value in unlike.items())}" if unlike else ""
 
+    def warnings(
+        self,
+        name: str,
+        view: View,
+        slices: int,
+        crop: tuple[int, ...] | None,
+        size: tuple[int, ...] | None,
+        scale: float,
+    ) -> list[str]:
+        """Return in words how features of weights of a name are made in another way than these were trained in."""
+        found = []
+        unlike = self.differences(view, slices, crop, size, scale)
+        if unlike:
+            found.append(f"{name} was trained with {unlike}: leave that out to see what it was trained on")
+        if self.pool == "attention" and view is not View.volume:
+            found.append(f"{name} weighs the slices of a scan by attention; the features are their plain mean")
+        return found
+
 
 def read_trained(model: str, content: Mapping[str, Any]) -> Trained | None:
     """Read what a checkpoint says of the input of its network.

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
+from torch import nn
 from torchvision.models import WeightsEnum
 
 from extract.checkpoints import Checkpoint, parameters_for, read_checkpoint
@@ -133,6 +134,15 @@ def about_store(weights: Weights, volumes: VolumeStore) -> list[str]:
             "split.csv of the run tells who they are: test on those whom it has not seen"
         )
     return lines
+
+
+def sha256_of_parameters(network: nn.Module) -> str:
+    """Return the digest of the bytes of a network's parameters and statistics, with their names."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _normalisation(entry: WeightsEnum) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -47,7 +47,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Turn brain scans into a chunked Zarr store:  ingest SRC OUT.zarr",
+    help="Turn brain scans into a chunked Zarr store:  ingest SRC OUT.zarr  (its options: ingest run --help)",
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

@@ -31,7 +31,7 @@ def store_lock(store: Place) -> Iterator[Callable[[], None]]:
     StoreBusyError
         If another process holds it; names that process.
     StoreError
-        If the file system has no locks.
+        If the lock cannot be made there, or the file system has none.
     """
     if not isinstance(store, Path):
         from ingest.lease import store_lease
@@ -40,7 +40,10 @@ def store_lock(store: Place) -> Iterator[Callable[[], None]]:
             yield check
         return
     path = store.with_name(store.name + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(store, error) from error
     descriptor = _acquire(path, store)
     try:
         os.ftruncate(descriptor, 0)
@@ -55,7 +58,10 @@ def store_lock(store: Place) -> Iterator[Callable[[], None]]:
 
 def _acquire(path: Path, store: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _not_writable(store, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,3 +82,10 @@ def _acquire(path: Path, store: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         os.close(descriptor)  # its last holder removed it in between: try the new one
+
+
+def _not_writable(store: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{store} cannot be written: no lock can be made beside it ({error.strerror}: {error.filename}); choose a "
+        "folder where there is leave and room to write"
+    )

@@ -18,7 +18,7 @@ from benchmarks import finetune as speed
 from benchmarks import finetune_cohort as cohort
 from benchmarks import nulls, transfer
 from benchmarks.__main__ import app
-from benchmarks.loaders_gpu import make_store, make_volumes
+from benchmarks.made import make_store, make_volumes
 from benchmarks.results import save
 from extract.probing.results import Interval, OutOfFold, TargetResult
 from finetune.settings import make_settings

@@ -12,6 +12,7 @@ from torch import nn
 from extract import build_encoder, extract
 from extract.encoder import describe
 from extract.inputs import resize
+from extract.models import about_pictures
 from loaders import View
 
 CROP = (13, 9, 5)  # of 16 x 12 x 8: an odd number of planes is cut off along each axis
@@ -139,6 +140,21 @@ def test_slices_of_all_planes_may_have_one_size(store):
 def test_crops_and_sizes_that_make_no_sense_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         build_encoder(**{"weights": "random", **settings})
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "words"),
+    [
+        ("resnet18", [(64, 64), (31, 64)], "resnet18 sees pictures of 31 x 64 voxels; below 32"),
+        ("r3d_18", [(1, 64, 64)], "1 x 64 x 64"),
+        ("resnet18", [(32, 40)], ""),
+        ("s3d", [(13, 224, 224)], ""),
+    ],
+)
+def test_pictures_that_shrink_to_nothing_are_warned_about(model, sizes, words):
+    found = about_pictures(model, sizes)
+    assert len(found) == bool(words)
+    assert words in "".join(found)
 
 
 def test_a_network_of_volumes_has_no_slices():

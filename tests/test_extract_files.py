@@ -221,6 +221,13 @@ def test_features_that_are_no_numbers_are_not_written(tmp_path):
         write_embeddings(tmp_path / "e.h5", bad)
 
 
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "..", ""])
+def test_names_that_are_paths_are_not_written(tmp_path, name):
+    with pytest.raises(ValueError, match="expected a name without slashes"):
+        write_embeddings(tmp_path / "e.h5", make_embeddings(np.zeros((2, 2)), {name: np.zeros(2)}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_layers_that_make_no_sense(tmp_path):
     some = make_embeddings(np.zeros((2, 2)), {})
     some.attrs["layers"] = [{"name": "a"}]

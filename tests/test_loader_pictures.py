@@ -181,7 +181,7 @@ def test_volumes_of_the_usual_size(large, backend, settings):
     [
         ("triplanar", 3, "view is 'triplanar', expected one of axial, coronal, sagittal, volume; load volumes and cut"),
         ("oblique", 3, "view is 'oblique', expected one of axial, coronal, sagittal, volume$"),
-        ("axial", 0, "slices is 0, expected 1 to 16 of a axial view"),
+        ("axial", 0, "slices is 0, expected 1 to 16 in the view axial"),
         ("axial", -1, "slices is -1"),
         ("axial", 17, "slices is 17, expected 1 to 16"),
         ("coronal", np.int64(13), "slices is 13, expected 1 to 12"),

@@ -61,6 +61,16 @@ def test_what_is_known_of_a_target_comes_with_its_scores(results):
     assert "5 folds" in age.method
 
 
+def test_scores_of_folds_are_printed_repeat_by_repeat(results):
+    for found in results.values():
+        printed = found.to_json()["fold_scores"]
+        assert set(printed) == set(found.metrics)
+        for name, scores in printed.items():
+            assert [len(repeat) for repeat in scores] == [5, 5]
+            assert np.mean(scores) == pytest.approx(found.metrics[name].score, rel=1e-5, abs=1e-6)
+            np.testing.assert_allclose(np.ravel(scores), found.fold_scores[name], rtol=1e-5)
+
+
 def test_missing_values_are_left_out_of_their_target_alone(results, cohort):
     present = cohort.phenotypes["age"].notna()
     assert results["age"].n == present.sum() == 110
@@ -212,6 +222,8 @@ def test_settings_out_of_range_are_refused(arguments):
         ([3.0, 7.5], None, "binary"),
         ([0.0, 1.0, 2.0], {"0": "a", "1": "b", "2": "c"}, "multiclass"),
         ([0.0, 1.0, 2.0], None, "count"),
+        ([1.0, 2.0, 5.0], None, "count"),
+        ([11025.0, 11026.0, 11028.0], None, "continuous"),
         ([-1.0, 0.0, 1.0], None, "continuous"),
         ([0.0, 0.5, 1.0], None, "continuous"),
         (range(11), None, "continuous"),
@@ -255,6 +267,8 @@ def test_a_heavy_tailed_count_is_fitted_on_its_logarithm():
         (np.arange(40) % 3, "binary", "3 different values are not binary"),
         (np.arange(40) - 1, "count", "-1, is no count"),
         (np.where(np.arange(40) == 3, np.inf, np.arange(40)), "continuous", "1 values are infinite"),
+        (np.arange(40) * 1e300, "continuous", "values reach 3.9e+301, expected between"),
+        (np.arange(40) * 1e-90, "continuous", "values reach 3.9e-89, expected between"),
     ],
 )
 def test_what_cannot_be_probed_is_skipped_with_a_reason(values, task, reason):

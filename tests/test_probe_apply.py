@@ -151,6 +151,7 @@ def test_confounds_of_new_people_are_matched_by_label_and_named_where_they_are_u
         ({"weights": {"name": "imagenet", "sha256": "b" * 64}}, ["weights sha256 bbbb", "instead of aaaa"]),
         ({"view": "axial", "slices": 5}, ["view axial instead of triplanar", "slices 5 instead of 3"]),
         ({"layers": None}, ["layers unknown instead of"]),
+        ({"encoding_version": 2}, ["encoding_version 2 instead of 1"]),
         ({"crop": [10, 10, 10]}, ["crop [10, 10, 10] instead of unknown"]),
         ({"store": {"grid": {**GRID, "space": "native"}}}, ["grid", "native", "MNI152"]),
     ],
@@ -165,6 +166,7 @@ def test_another_encoder_is_refused_by_what_differs(path, embeddings, attrs, wor
     "attrs",
     [
         {"precision": "bfloat16", "compiled": True},
+        {"encoding_version": 1},
         {"weights": {"name": "mine.pth", "sha256": "a" * 64}},
         {"store": {"path": "elsewhere", "id": "b", "grid": {**GRID, "shape_zyx": [160, 192, 160]}}},
     ],

@@ -17,8 +17,10 @@ from extract.embeddings import open_embeddings, write_embeddings
 from extract.probing.apply import load_probe
 from extract.probing.cli import main
 from extract.probing.compare import align, differences, probe_all
+from extract.probing.doubts import doubts
 from extract.probing.model import refit
 from extract.probing.settings import ProbeSettings
+from ingest.errors import StoreError
 
 LAYERS = [{"name": "layer3", "features": 30, "start": 0}, {"name": "avgpool", "features": 10, "start": 30}]
 
@@ -35,6 +37,10 @@ def folder(tmp_path_factory) -> Path:
     noise = np.random.default_rng(5).normal(size=(119, 8)).astype(np.float32)
     fewer = replace(cohort, features=noise, scans=scans[:119], phenotypes=cohort.phenotypes[:119])
     write_embeddings(folder / "noise.zarr", replace(fewer, attrs={**cohort.attrs, "layers": None}))
+    nobody = replace(fewer, features=noise[:0], scans=scans[:0], phenotypes=cohort.phenotypes[:0])
+    write_embeddings(folder / "nobody.npz", nobody)
+    (folder / "taken.html").mkdir()
+    (folder / "strangers.csv").write_text("participant,family\n1234567,1\n")
     return folder
 
 
@@ -153,7 +159,7 @@ def test_models_are_saved_and_applied(run, folder):
     document = json.loads(run("2d.h5", "--targets", "age", "--repeats", 1, "--save", "b.json", "--json")[1])
     (model,) = load_probe(folder / "b.json").models
     assert document["save"] == "b.json"
-    assert round(model.score.score, 4) == document["targets"][0]["score"]
+    assert model.score.score == pytest.approx(document["targets"][0]["score"], rel=1e-5)
 
 
 def test_nothing_to_save_is_an_error(run, folder):
@@ -162,6 +168,47 @@ def test_nothing_to_save_is_an_error(run, folder):
     assert json.loads(out)["save"] is None
     assert err == "error: every target was skipped, so there is no model for none.json\n"
     assert not (folder / "none.json").exists()
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_scores_are_printed_though_a_report_cannot_be_written(run, monkeypatch, options):
+    def full(*_: object, **__: object) -> None:
+        raise StoreError("r.html cannot be written: the disk is full")
+
+    monkeypatch.setattr("extract.probing.report.write_report", full)
+    code, out, err = run("2d.h5", "--targets", "age", "--repeats", 1, "--report", "r.html", *options)
+    assert (code, err) == (1, "error: r.html cannot be written: the disk is full\n")
+    assert "age" in out
+    assert "report: " not in out
+    assert not options or json.loads(out)["targets"][0]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"permutations": 18}, "18 permutations give no p value below 0.053"),
+        ({"bootstrap": 99}, "are not known from 99 draws"),
+        ({"groups": "strangers.csv", "kinship": 0.2}, "0 related pairs in strangers.csv .* no two of the people here"),
+        ({"features": 0.0}, "all 40 features of 2d are the same in every scan"),
+        ({"values": np.arange(120) % 4 + 11025}, "the target centre has 4 different whole numbers, from 11025 on"),
+        ({"values": np.arange(120) % 4}, ""),
+        ({"values": np.arange(120) % 4 + 11025, "tasks": {"centre": "multiclass"}}, ""),
+        ({"values": np.arange(120) % 4 + 11025, "bins": {"centre": 2}}, ""),
+        ({"permutations": 19, "bootstrap": 100, "groups": "kin.csv"}, ""),
+    ],
+)
+def test_doubtful_input_is_warned_about(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("strangers.csv").write_text("ID1,ID2,Kinship\n9000001,1,0.25\n9000001,9000002,0.1\n")
+    Path("kin.csv").write_text("ID1,ID2\n9000001,9000002\n")
+    options = dict(options)
+    cohort, tasks = make_cohort(), options.pop("tasks", {})
+    phenotypes = cohort.phenotypes.assign(centre=options.pop("values", cohort.phenotypes["something"]))
+    features = cohort.features * options.pop("features", 1.0)
+    named = {"2d": replace(cohort, features=features, phenotypes=phenotypes)}
+    found = doubts(named, ["age", "centre"], tasks=tasks, settings=ProbeSettings(**options))
+    assert len(found) == bool(words)
+    assert re.search(words, "".join(found))
 
 
 def test_what_is_unknown_of_confounds_is_said(run, folder):
@@ -197,6 +244,11 @@ def test_a_saved_layer_is_the_one_applied_to(run, folder):
         (["2d.h5", "2d.h5"], 2, ["named twice"]),
         (["2d.h5", "noise.zarr", "--save", "m.json"], 2, ["models are saved of one"]),
         (["2d.h5", "--save", "m.pkl"], 1, [".pkl", ".json"]),
+        (["2d.h5", "--report", "r.pdf"], 1, ["'.pdf'; a report is written as .html"]),
+        (["2d.h5", "--report", "taken.html"], 1, ["taken.html is a folder"]),
+        (["2d.h5", "--save", "2d.h5/m.json"], 1, ["2d.h5 is a file, expected a folder"]),
+        (["nobody.npz"], 1, ["nobody has 0 scans"]),
+        (["2d.h5", "--groups", "strangers.csv"], 1, ["such as '1234567'", "(such as '9000000')"]),
         (["2d.h5", "--curve=5,5"], 2, ["10 people or more"]),
         (["2d.h5", "--curve=many"], 2, ["100,500,1000"]),
         (["2d.h5", "--bins", "age=x"], 2, ["age=55,65"]),
@@ -230,8 +282,9 @@ def test_another_encoder_is_refused_in_one_line(run, folder):
 def test_help_names_both_commands(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert "run" in out
+    assert "probe run --help" in out
     assert "apply" in out
+    assert "not of who is trained on" in " ".join(run("run", "--help")[1].replace("│", "").split())
     code, out, err = run()
     assert code != 1
     assert "apply" in out + err

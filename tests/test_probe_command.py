@@ -15,7 +15,9 @@ from embedded import make_cohort
 
 from extract.embeddings import Embeddings, write_embeddings
 from extract.probing.cli import main
+from extract.probing.numbers import in_digits
 from extract.probing.probe import probe
+from extract.probing.results import Interval, TargetResult
 from extract.probing.settings import ProbeSettings
 
 
@@ -113,6 +115,27 @@ def test_command_refuses_what_it_cannot_do(cohort, tmp_path, monkeypatch, capsys
     assert all(word in err for word in words)
     if code == 1:
         assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "shown", "written"),
+    [
+        (0.0123456789, "r", "0.012", 0.0123457),
+        (-1e-9, "auc", "0.000", -1e-9),
+        (3.14159265, "mae", "3.142", 3.14159),
+        (12345.678, "mae", "12345.678", 12345.7),
+        (3.4567e-5, "mae", "3.46e-05", 3.4567e-5),
+        (2.5e38, "mae", "2.5e+38", 2.5e38),
+        (-4e7, "r2", "-4e+07", -4e7),
+        (0.0, "mae", "0.000", 0.0),
+        (float("nan"), "auc", "nan", None),
+    ],
+)
+def test_numbers_have_digits_that_tell_something(value, metric, shown, written):
+    assert in_digits(value, metric) == shown
+    interval = Interval(value, value, value, value)
+    found = TargetResult("x", "continuous", "ok", 9, 9, metric=metric, metrics={metric: interval}).to_json()
+    assert found["score"] == found["metrics"][metric]["low"] == written
 
 
 def test_command_names_a_missing_file(tmp_path):

@@ -114,7 +114,7 @@ def test_differences_are_paired_by_fold(good, bad):
     assert age.interval.high < 0  # knowing age is better than not
     assert (found["age", "again"].interval.low, found["age", "again"].interval.high) == (0, 0)
     assert third[0].metrics == first[0].metrics
-    assert age.to_json()["difference"] == round(age.interval.score, 4)
+    assert age.to_json()["difference"] == pytest.approx(age.interval.score, rel=1e-5)
     assert {"target", "metric", "name", "reference", "low", "high"} <= set(age.to_json())
     assert [one.results[0].n for one in probed] == [107] * 3
 

@@ -170,6 +170,27 @@ def test_sites_are_folds_and_repeats_that_would_be_the_same_are_not_made():
         assert found.headline.low > found.headline.chance
 
 
+@pytest.mark.parametrize(("sizes", "alone"), [([50, 50, 50, 50], 4), ([98, 99], 3), ([70, 40, 30, 30, 25], 5)])
+def test_people_without_a_site_are_no_fold_of_their_own(sizes, alone):
+    rng = np.random.default_rng(0)
+    site = np.concatenate([np.repeat(np.arange(len(sizes)), sizes), np.full(alone, np.nan)])
+    features = rng.normal(size=(len(site), 5))
+    phenotypes = {
+        "y": features[:, 0] + rng.normal(size=len(site)),
+        "c": rng.integers(0, 2, len(site)) * 1.0,
+        "site": site,
+    }
+    settings = ProbeSettings(groups="site", repeats=4)
+    value, code = probe(make_embeddings(features, phenotypes), ["y", "c"], settings=settings)
+    for result in (value, code):
+        tested = np.bincount(result.out_of_fold.fold)
+        assert tested.min() >= min(sizes)
+        assert len(tested) == len(sizes)
+        assert result.effective_groups < len(sizes) + 1
+    assert value.headline.score > 0.5
+    assert value.metrics["r2"].score > 0.2
+
+
 def test_of_two_sites_each_is_tested_once():
     rng = np.random.default_rng(0)
     site, features = np.arange(80) % 2, rng.normal(size=(80, 6))

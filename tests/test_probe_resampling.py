@@ -221,7 +221,7 @@ def test_bootstrap_intervals_hold_the_score_and_do_not_shrink_with_repeats():
             )
             widths[found.name, repeats] = found.headline.boot_high - found.headline.boot_low
             assert found.gains[found.metric].boot_low is not None
-            assert found.to_json()["boot_low"] == round(found.headline.boot_low, 4)
+            assert found.to_json()["boot_low"] == pytest.approx(found.headline.boot_low, rel=1e-5)
     for name in ("gender", "fluid_intelligence"):  # repeats test the same people
         assert widths[name, 6] > 0.6 * widths[name, 1]
     assert probe(make_cohort(), ["sex"], settings=ProbeSettings(repeats=1))[0].headline.boot_low is None

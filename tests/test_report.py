@@ -302,7 +302,16 @@ def test_a_report_replaces_the_old_one_or_leaves_it(tmp_path, embeddings):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.0871, "0.0871"), (0.9, "0.900"), (3.614, "3.61"), (61.27, "61.3"), (12345.6, "12,346"), (0.0, "0")],
+    [
+        (0.0871, "0.0871"),
+        (0.9, "0.900"),
+        (3.614, "3.61"),
+        (61.27, "61.3"),
+        (12345.6, "12,346"),
+        (0.0, "0"),
+        (3e-8, "3e-08"),
+        (3.2e38, "3.2e+38"),
+    ],
 )
 def test_errors_have_three_figures_in_any_unit(tmp_path, embeddings, value, shown):
     metrics = {"r": Interval(0.1, 0.0, 0.2, 0.0), "mae": Interval(value, value, value, value)}

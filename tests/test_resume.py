@@ -124,6 +124,17 @@ def test_a_second_writer_is_refused_by_name(source, tmp_path):
     assert not (tmp_path / "s.zarr.lock").exists()
 
 
+def test_a_lock_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "s.zarr.lock").mkdir()
+    (tmp_path / "file").touch()
+    for store in (tmp_path / "s.zarr", tmp_path / "file" / "s.zarr"):
+        with (
+            pytest.raises(StoreError, match=f"{store} cannot be written: no lock can be made beside it"),
+            store_lock(store),
+        ):
+            pass
+
+
 def test_a_lock_dies_with_its_holder(source, tmp_path):
     assert kill_after(0.5, source, tmp_path / "s.zarr") in (0, -signal.SIGKILL)
     with store_lock(tmp_path / "s.zarr"):

@@ -12,6 +12,7 @@ from extract.probing.scores import (
     auc,
     balanced_accuracy,
     corrected_interval,
+    effective_number,
     mean_absolute_error,
     pearson,
     r_squared,
@@ -120,3 +121,14 @@ def test_perfect_scores_are_no_certainty():
     assert found.low == pytest.approx(stats.binomtest(9, 9).proportion_ci(method="exact").low)
     mixed = corrected_interval([1.0] * 9 + [0.9], 0.25, chance=0.5, bounds=(0, 1), people=9)
     assert mixed == corrected_interval([1.0] * 9 + [0.9], 0.25, chance=0.5, bounds=(0, 1))
+
+
+def test_repeats_of_the_same_few_groups_tell_nothing_new():
+    scores = [0.4, 0.7, 0.55]
+    once = corrected_interval(scores, 1 / 2, chance=0.5)
+    for repeats in (2, 50):
+        again = corrected_interval(scores * repeats, 1 / 2, chance=0.5, groups=3.0)
+        assert (again.low, again.high) == pytest.approx((once.low, once.high))
+    assert corrected_interval(scores, 1 / 2, chance=0.5, groups=1000.0) == once
+    assert effective_number(np.repeat([0, 1, 2, 3], 50)) == 4
+    assert effective_number(np.repeat([0, 1, 2, 3], [100, 100, 1, 1])) == pytest.approx(2.04, abs=0.01)

@@ -23,7 +23,11 @@ SUFFIX = ".json"
 TABLE_SUFFIXES = (".csv", ".parquet")
 
 #: Attributes of embeddings that decide what a feature means. Not the precision: digits, no other features.
-_ENCODER = ("model", "weights", "layers", "pooling", "view", "slices", "crop", "size", "scale", "input")
+_ENCODER = (
+    "encoding_version", "model", "weights", "layers", "pooling", "view", "slices", "crop", "size", "scale", "input",
+)  # fmt: skip
+#: Of files from before it was written.
+_FIRST_ENCODING = {"encoding_version": 1}
 
 _MOST_BYTES = 1 << 28  # of a file; a million coefficients take 20 MB
 _IDENTITY = ("row", "participant", "session", "modality")
@@ -54,7 +58,7 @@ class SavedProbe:
 
 def encoder_of(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the attributes of embeddings say of the features: encoder, layers, input, grid of the scans."""
-    found = {key: attrs[key] for key in _ENCODER if attrs.get(key) is not None}
+    found = _FIRST_ENCODING | {key: attrs[key] for key in _ENCODER if attrs.get(key) is not None}
     if "layers" not in found and attrs.get("layer") is not None:  # as earlier versions wrote it
         found["layers"] = attrs["layer"]
     grid = (attrs.get("store") or {}).get("grid") or {}
@@ -200,7 +204,7 @@ def confound_warnings(saved: SavedProbe, embeddings: Embeddings) -> list[str]:
 
 def check_encoder(saved: SavedProbe, embeddings: Embeddings) -> None:
     """Raise ValueError if embeddings were made in another way than those that the models were fitted to."""
-    ours, theirs = _flat(saved.encoder), _flat(encoder_of(embeddings.attrs))
+    ours, theirs = _flat(_FIRST_ENCODING | saved.encoder), _flat(encoder_of(embeddings.attrs))
     unlike = [
         f"{key} {_brief(theirs.get(key))} instead of {_brief(ours.get(key))}"
         for key in sorted(ours.keys() | theirs.keys())

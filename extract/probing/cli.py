@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +21,10 @@ from extract.probing.apply import (
     save_probe,
     write_predictions,
 )
+from extract.probing.arguments import SIZES, name_or_table, parse_bins, parse_pairs, parse_sizes, split_names
 from extract.probing.compare import Difference, Probed, align, differences, distinct_names, probe_all
 from extract.probing.confounds import number_warnings, read_confounds
+from extract.probing.doubts import check_not_empty, doubts
 from extract.probing.effort import MANY_PATTERNS, estimate_effort
 from extract.probing.model import refit
 from extract.probing.printing import (
@@ -38,10 +39,9 @@ from extract.probing.printing import (
 )
 from extract.probing.probe import target_names
 from extract.probing.settings import THIRD_DEGREE, ProbeSettings
+from extract.probing.writing import check_page_suffix, check_writable
 from ingest.default_command import RunByDefault
 from ingest.progress import progress_bar
-
-_SIZES = re.compile(r"\d{1,9}(,\d{1,9})*,?", re.ASCII)
 
 
 class _ProbeCommands(RunByDefault):
@@ -49,7 +49,7 @@ class _ProbeCommands(RunByDefault):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for place, arg in enumerate(args):
-            if arg == "--curve" and not _SIZES.fullmatch("".join(args[place + 1 : place + 2])):
+            if arg == "--curve" and not SIZES.fullmatch("".join(args[place + 1 : place + 2])):
                 args = [*args[:place], "--curve=auto", *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
@@ -59,7 +59,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fit linear probes to embeddings:  probe EMB",
+    help="Fit linear probes to embeddings:  probe EMB  (its options: probe run --help)",
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -112,7 +112,12 @@ def run_command(
     permutations: Annotated[
         int, typer.Option(min=0, help="Test the features by so many, with ridge regression; 0 for none.")
     ] = 0,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Intervals by so many draws of people; 0 for none.")] = 0,
+    bootstrap: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Intervals by so many draws of people: of who is tested, not of who is trained on; 0 for none."
+        ),
+    ] = 0,
     curve: Annotated[
         str | None,
         typer.Option(metavar="[SIZES]", help="Learning curve: train on 50, 100, 200 ... or so many, e.g. 100,1000."),
@@ -129,38 +134,45 @@ def run_command(
     """Score linear probes: one score with its 95 % interval per phenotype (the default command)."""
     if store is not None and report is None:
         raise typer.BadParameter("only a report shows scans of the store; add --report FILE.html", param_hint="--store")
-    layers: list[str | None] = [*_split(layer)] or [None]
+    layers: list[str | None] = [*split_names(layer)] or [None]
+    if report is not None:
+        check_page_suffix(report)
     if save is not None:
         check_model_suffix(save)
         if len(paths) * len(layers) > 1:
             raise typer.BadParameter("models are saved of one embedding and layer; name one", param_hint="--save")
     if len(set(paths)) < len(paths) or len(set(layers)) < len(layers):
         raise typer.BadParameter("embeddings or a layer are named twice; name each once")
+    for out in (report, save):
+        if out is not None:
+            check_writable(out)
     settings = ProbeSettings(
         folds=folds,
         repeats=repeats,
         seed=seed,
-        confounds=tuple(_split(confounds)),
-        groups=_groups(groups),
+        confounds=tuple(split_names(confounds)),
+        groups=name_or_table(groups),
         kinship=kinship,
-        bins=_parse_bins(bins or []),
+        bins=parse_bins(bins or []),
         permutations=permutations,
         bootstrap=bootstrap,
     )
-    sizes = None if curve is None else _parse_sizes(curve)
-    tasks = _parse_pairs(task or [], "--task", "income=continuous")
+    sizes = None if curve is None else parse_sizes(curve)
+    tasks = parse_pairs(task or [], "--task", "income=continuous")
 
     sources = [(path, one) for path in paths for one in layers]
     labels = distinct_names([path for path, _ in sources], [one for _, one in sources])
     named = {name: open_embeddings(path, one) for name, (path, one) in zip(labels, sources, strict=True)}
+    for name, embeddings in named.items():
+        check_not_empty(name, embeddings)
     warnings: list[str] = []
     if len(named) > 1:
         named, warnings = align(named)
-    asked = None if targets is None else _split(targets)
+    asked = None if targets is None else split_names(targets)
     first = named[labels[0]]
     names = target_names(first, asked)
     values = read_confounds(first, settings.confounds, tasks)
-    warnings += number_warnings(first, values, tasks)
+    warnings += number_warnings(first, values, tasks) + doubts(named, names, tasks=tasks, settings=settings)
     if len(names) > MANY_PATTERNS:
         effort = estimate_effort(first, names, tasks=tasks, settings=settings, confounds=values)
         if effort.patterns > MANY_PATTERNS:
@@ -173,18 +185,11 @@ def run_command(
         )  # fmt: skip
     compared = differences(probed) if len(probed) > 1 else []
     unsaved = save is not None and all(result.status != "ok" for result in probed[0].results)
-    if save is not None and not unsaved:
-        _save(save, probed[0], tasks, settings, layers[0])
-    if report is not None:
-        from extract.probing.report import write_report  # drawing needs matplotlib, which takes a second to import
-
-        warnings = write_report(
-            report, probed, differences=compared, settings=_settings(settings), store=store, warnings=warnings
-        )
     for warning in warnings:
         warn(f"warning: {warning}")
     if as_json:
-        print(json.dumps(_document(sources, probed, compared, settings, report, None if unsaved else save)))
+        document = _document(sources, probed, compared, settings, report, None if unsaved else save)
+        print(json.dumps(document), flush=True)
     else:
         for (path, one), embeddings in zip(sources, named.values(), strict=True):
             print_embeddings(path, embeddings, one)
@@ -194,9 +199,21 @@ def run_command(
             print_results(probed[0].results)
         print_curves(probed)
         print_skipped(probed)
-        for what, where in (("report", report), ("models", None if unsaved else save)):
-            if where is not None:
-                print_written(what, where)
+    # Files come last: if one cannot be written, the scores have been printed.
+    if save is not None and not unsaved:
+        _save(save, probed[0], tasks, settings, layers[0])
+        if not as_json:
+            print_written("models", save)
+    if report is not None:
+        from extract.probing.report import write_report  # drawing needs matplotlib, which takes a second to import
+
+        shown = write_report(
+            report, probed, differences=compared, settings=_settings(settings), store=store, warnings=warnings
+        )
+        for warning in shown[len(warnings) :]:
+            warn(f"warning: {warning}")
+        if not as_json:
+            print_written("report", report)
     if unsaved:
         raise ValueError(f"every target was skipped, so there is no model for {save}")
     if asked is not None and any(result.status == "skipped" for one in probed for result in one.results):
@@ -212,6 +229,7 @@ def apply_command(
 ) -> None:
     """Predict for new people with probes that were saved: values, classes and their probabilities, per scan."""
     check_table_suffix(out)
+    check_writable(out)
     saved = load_probe(model)
     embeddings = open_embeddings(path, saved.layer)
     predictions = apply_probe(saved, embeddings)
@@ -289,50 +307,6 @@ def _settings(settings: ProbeSettings) -> dict[str, Any]:
         "permutations": settings.permutations,
         "bootstrap": settings.bootstrap,
     }
-
-
-def _split(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _groups(text: str | None) -> str | Path | None:
-    """Return a table if there is such a file, else the name of a phenotype."""
-    return Path(text) if text is not None and Path(text).is_file() else text
-
-
-def _parse_pairs(options: Sequence[str], hint: str, example: str) -> dict[str, str]:
-    pairs = [option.partition("=") for option in options]
-    for option, (name, _, value) in zip(options, pairs, strict=True):
-        if not name.strip() or not value.strip():
-            kind = "KIND" if hint == "--task" else "N"
-            raise typer.BadParameter(f"{option!r} is not NAME={kind}, such as {example}", param_hint=hint)
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _parse_bins(options: Sequence[str]) -> dict[str, int | tuple[float, ...]]:
-    """Read ``age=3`` (classes) and ``age=55,65`` or ``age=55,`` (inner edges)."""
-    found: dict[str, int | tuple[float, ...]] = {}
-    for name, text in _parse_pairs(options, "--bins", "age=3").items():
-        try:
-            found[name] = tuple(map(float, _split(text))) if "," in text else int(text)
-        except ValueError:
-            raise typer.BadParameter(
-                f"{name}={text} is neither a number of classes (age=3) nor inner edges (age=55,65; one edge: age=60,)",
-                param_hint="--bins",
-            ) from None
-    return found
-
-
-def _parse_sizes(text: str) -> list[int]:
-    """Read ``100,500,1000``; ``auto`` is none."""
-    if text == "auto":
-        return []
-    if not _SIZES.fullmatch(text):
-        raise typer.BadParameter(f"{text!r} are no numbers of people, such as 100,500,1000", param_hint="--curve")
-    sizes = [int(part) for part in _split(text)]
-    if min(sizes) < 10 or len(set(sizes)) < len(sizes):
-        raise typer.BadParameter(f"{text!r}: expected 10 people or more, each number once", param_hint="--curve")
-    return sizes
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import pandas as pd
 from extract.embeddings import Embeddings
 from extract.probing.confounds import read_confounds
 from extract.probing.curves import LearningCurve, curve_sizes, learning_curves
+from extract.probing.numbers import rounded
 from extract.probing.probe import probe
 from extract.probing.results import Interval, TargetResult
 from extract.probing.scores import paired_interval
@@ -71,9 +72,9 @@ class Difference:
             "metric": self.metric,
             "name": self.name,
             "reference": self.reference,
-            "difference": round(self.interval.score, 4),
-            "low": round(self.interval.low, 4),
-            "high": round(self.interval.high, 4),
+            "difference": rounded(self.interval.score),
+            "low": rounded(self.interval.low),
+            "high": rounded(self.interval.high),
         }
 
 

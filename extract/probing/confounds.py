@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from extract.embeddings import Embeddings
-from extract.probing.targets import CLASSIFICATIONS, MAX_CODES, by_column, column_of, label_names
+from extract.probing.targets import CLASSIFICATIONS, by_column, column_of, few_whole_numbers, label_names
 from ingest.dictionary import BY_NAME, TASKS
 
 #: What the store knows of each scan's head, beside the phenotypes.
@@ -174,10 +174,10 @@ def number_warnings(embeddings: Embeddings, confounds: ConfoundValues, tasks: Ma
     warnings = []
     for name, categorical, values in zip(confounds.names, confounds.categorical, confounds.values.T, strict=True):
         known = name in asked or name not in embeddings.phenotypes or embeddings.variables.get(name, {}).get("task")
-        distinct = np.unique(values[~np.isnan(values)])
-        if not known and not categorical and 2 < len(distinct) <= MAX_CODES and np.all(distinct % 1 == 0):
+        few = few_whole_numbers(values)
+        if few and not known and not categorical:
             warnings.append(
-                f"the confound {name} has {len(distinct)} different whole numbers and is taken as a number; if they "
+                f"the confound {name} has {few} different whole numbers and is taken as a number; if they "
                 f"are codes, add --task {name}=multiclass, else --task {name}=continuous"
             )
     return warnings

@@ -8,6 +8,7 @@ from typing import Any
 
 from extract.embeddings import Embeddings
 from extract.probing.confounds import ConfoundValues, read_confounds
+from extract.probing.numbers import rounded
 from extract.probing.probe import probe
 from extract.probing.results import Interval, TargetResult
 from extract.probing.settings import ProbeSettings
@@ -52,10 +53,10 @@ class LearningCurve:
         found: list[dict[str, Any]] = [
             {
                 "train_participants": point.people,
-                "score": round(point.interval.score, 4),
-                "low": round(point.interval.low, 4),
-                "high": round(point.interval.high, 4),
-                "chance": round(point.interval.chance, 4),
+                "score": rounded(point.interval.score),
+                "low": rounded(point.interval.low),
+                "high": rounded(point.interval.high),
+                "chance": rounded(point.interval.chance),
             }
             for point in self.points
         ]

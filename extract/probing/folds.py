@@ -78,10 +78,13 @@ def rank_summary(values: np.ndarray) -> np.ndarray:
 def deal_folds(people: np.ndarray, strata: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
     """Assign each scan to the fold in which it is tested; a person's scans share one fold.
 
-    People are put in order of stratum and number of scans, at random among equals, and dealt out like cards. Within a
-    stratum the folds differ by one person at most, and a stratum of at least `folds` people reaches every fold. That
-    is guaranteed, where the greedy search of scikit-learn's ``StratifiedGroupKFold`` can leave a fold without a rare
-    class, and takes one sort, where that search takes a loop over people and folds.
+    People (or groups of them) are put in order of stratum and number of scans, at random among equals, and dealt out
+    like cards. Within a stratum the folds differ by one person at most, and a stratum of at least `folds` people
+    reaches every fold. That is guaranteed, where the greedy search of scikit-learn's ``StratifiedGroupKFold`` can leave
+    a fold without a rare class, and takes one sort, where that search takes a loop over people and folds.
+
+    Groups of more than half a fold, such as sites, go before all others, the largest first and each into the emptiest
+    fold, and the cards then begin with the emptiest: else a fold might hold no more than a person without a site.
 
     Parameters
     ----------
@@ -100,9 +103,17 @@ def deal_folds(people: np.ndarray, strata: np.ndarray, folds: int, rng: np.rando
         int64, (scan,) 0 ... folds-1.
     """
     scans = np.bincount(people, minlength=len(strata))
-    order = np.lexsort((rng.random(len(strata)), scans, strata))
+    draw = rng.random(len(strata))
+    large = (scans > len(people) / (2 * folds)) & (scans > 2)
     fold_of_person = np.empty(len(strata), dtype=np.int64)
-    fold_of_person[order] = np.arange(len(strata)) % folds
+    filled = np.zeros(folds, dtype=np.int64)
+    largest_first = np.lexsort((draw, strata, -scans))
+    for group in largest_first[large[largest_first]]:
+        fold_of_person[group] = filled.argmin()
+        filled[fold_of_person[group]] += scans[group]
+    order = np.lexsort((draw, scans, strata))
+    order = order[~large[order]]
+    fold_of_person[order] = filled.argsort(kind="stable")[np.arange(len(order)) % folds]
     return fold_of_person[people]
 
 

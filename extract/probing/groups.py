@@ -181,6 +181,6 @@ def _places(column: pd.Series, place: dict[str, int]) -> np.ndarray:
 
 def _stranger(path: Path, name: object, names: np.ndarray) -> str:
     return (
-        f"none of the people in {path} (such as {name!r}) has a scan here (such as {names[0]!r}); "
+        f"none of the people in {path} (such as {name!r}) has a scan here (such as {str(names[0])!r}); "
         "expected the participants' numbers of the same study or application"
     )

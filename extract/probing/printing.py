@@ -13,6 +13,7 @@ from rich.table import Table
 
 from extract.embeddings import Embeddings
 from extract.probing.compare import Difference, Probed
+from extract.probing.numbers import in_digits
 from extract.probing.results import Interval, TargetResult
 
 _METRICS = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
@@ -41,7 +42,8 @@ def print_results(results: Sequence[TargetResult]) -> None:
     for result in probed:
         who = [escape(result.name), result.task, str(result.n)]
         for name, found in result.metrics.items():
-            table.add_row(*who, _METRICS.get(name, name), _number(found.score), _ends(found), _number(found.chance))
+            numbers = in_digits(found.score, name), _ends(found, name), in_digits(found.chance, name)
+            table.add_row(*who, _METRICS.get(name, name), *numbers)
             who = ["", "", ""]
     if probed:
         _print(table)
@@ -59,15 +61,16 @@ def _print_more(probed: Sequence[TargetResult]) -> None:
     table = _table([*headings, *(["confounds alone", "score minus that"] if confounds else [])])
     for result in probed:
         found = result.headline
-        row = [escape(result.name), _METRICS.get(result.metric, result.metric), _number(found.score)]
+        row = [escape(result.name), _METRICS.get(result.metric, result.metric), in_digits(found.score)]
         if drawn:
-            row.append("" if found.boot_low is None else f"{_number(found.boot_low)} to {_number(found.boot_high)}")
+            ends = found.boot_low, found.boot_high
+            row.append(" to ".join(in_digits(end) for end in ends if end is not None))
         if permuted:
             row.append("" if result.p_value is None else f"{result.p_value:.2g}")
         if confounds:
             alone, gain = result.confound_metrics.get(result.metric), result.gains.get(result.metric)
-            row.append("" if alone is None else _number(alone.score))
-            row.append("" if gain is None else f"{_number(gain.score)} ({_ends(gain)})")
+            row.append("" if alone is None else in_digits(alone.score))
+            row.append("" if gain is None else f"{in_digits(gain.score)} ({_ends(gain)})")
         table.add_row(*row)
     _print(table)
 
@@ -86,10 +89,10 @@ def print_comparison(probed: Sequence[Probed], found: Sequence[Difference]) -> N
                 continue
             result = of[target]
             headline, difference = result.headline, by_pair.get((target, one.name))
-            row = [*who, escape(one.name), _METRICS.get(result.metric, result.metric), _number(headline.score)]
-            row += [_ends(headline), _number(headline.chance)]
+            row = [*who, escape(one.name), _METRICS.get(result.metric, result.metric), in_digits(headline.score)]
+            row += [_ends(headline), in_digits(headline.chance)]
             row.append(
-                "" if difference is None else f"{_number(difference.interval.score)} ({_ends(difference.interval)})"
+                "" if difference is None else f"{in_digits(difference.interval.score)} ({_ends(difference.interval)})"
             )
             if permuted:
                 row.append("" if result.p_value is None else f"{result.p_value:.2g}")
@@ -113,10 +116,10 @@ def print_curves(probed: Sequence[Probed]) -> None:
     table = _table(["trained on", *(["embeddings"] if several else []), "metric", *map(str, sizes), "all"])
     targets = list(dict.fromkeys(curve.target for _, curve in curves))
     for name, curve in sorted(curves, key=lambda pair: targets.index(pair[1].target)):
-        scores = {point.people: _number(point.interval.score) for point in curve.points[:-1]}
+        scores = {point.people: in_digits(point.interval.score) for point in curve.points[:-1]}
         row = [escape(curve.target), *([escape(name)] if several else []), _METRICS.get(curve.metric, curve.metric)]
         last = curve.points[-1]
-        whole = f"{_number(last.interval.score)} ({last.people})"
+        whole = f"{in_digits(last.interval.score)} ({last.people})"
         table.add_row(*row, *(scores.get(size, "") for size in sizes), whole)
     _print(table)
 
@@ -164,9 +167,5 @@ def _table(headings: Sequence[str]) -> Table:
     return table
 
 
-def _ends(interval: Interval) -> str:
-    return f"{_number(interval.low)} to {_number(interval.high)}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}".replace("-0.000", "0.000")
+def _ends(interval: Interval, metric: str = "") -> str:
+    return f"{in_digits(interval.low, metric)} to {in_digits(interval.high, metric)}"

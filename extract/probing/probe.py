@@ -24,7 +24,7 @@ from extract.probing.groups import Groups, read_groups
 from extract.probing.method import describe_method
 from extract.probing.permutation import permutation_test
 from extract.probing.results import Interval, OutOfFold, TargetResult
-from extract.probing.scores import RANGES, corrected_interval
+from extract.probing.scores import RANGES, corrected_interval, effective_number
 from extract.probing.settings import ProbeSettings
 from extract.probing.targets import (
     CLASSIFICATIONS,
@@ -245,10 +245,15 @@ def _deal(groups: Groups, codes: np.ndarray | None, summary: np.ndarray, setting
         if dealt is None:
             return f"no two folds of {number} groups hold {MIN_CLASS_PER_FOLD} people of every class"
         return dealt
-    folds = min(settings.folds, number, (int(groups.people.max()) + 1) // MIN_PER_FOLD)
-    if folds < 2:
+    strata = value_strata(summary, groups.together)
+    if number < 2:
         return "everybody who has a value is in one group, which leaves nobody to test on"
-    return repeated_folds(groups.together, value_strata(summary, groups.together), folds, repeats, seed)
+    _, first = np.unique(groups.people, return_index=True)
+    for folds in range(min(settings.folds, number), 1, -1):
+        dealt = repeated_folds(groups.together, strata, folds, repeats, seed)
+        if all(np.bincount(fold_of[first], minlength=folds).min() >= MIN_PER_FOLD for fold_of in dealt):
+            return dealt
+    return f"no two folds of {number} groups hold {MIN_PER_FOLD} people each"
 
 
 def _too_few(sample: Sample, folds: list[Fold], codes: np.ndarray | None, train_people: int | None) -> str:
@@ -279,10 +284,11 @@ def _summarise(
 ) -> TargetResult:
     """Combine the folds of one target."""
     ratio = float(np.mean([len(fold.test) / fold.full for fold in folds]))
+    many = effective_number(sample.groups.together)
     smallest = int(np.bincount(sample.strata, minlength=len(result.labels)).min()) if result.labels else None
-    metrics = {name: _interval(outcomes, name, ratio, smallest) for name in outcomes[0].scores}
-    confound_metrics = {name: _interval(beside, name, ratio, smallest) for name in metrics} if beside else {}
-    gains = {name: _gain(outcomes, beside, name, ratio) for name in metrics} if beside else {}
+    metrics = {name: _interval(outcomes, name, ratio, smallest, many) for name in outcomes[0].scores}
+    confound_metrics = {name: _interval(beside, name, ratio, smallest, many) for name in metrics} if beside else {}
+    gains = {name: _gain(outcomes, beside, name, ratio, many) for name in metrics} if beside else {}
     predicted = np.zeros((len(rows), *outcomes[0].predicted.shape[1:]))
     fold_of = np.zeros(len(rows), dtype=np.int64)
     for fold, outcome in zip(folds, outcomes, strict=True):
@@ -299,24 +305,27 @@ def _summarise(
         gains=gains,
         fold_scores={name: np.array([outcome.scores[name] for outcome in outcomes]) for name in metrics},
         test_to_train=ratio,
+        effective_groups=many,
         train_participants=int(np.median([len(np.unique(sample.groups.people[fold.train])) for fold in folds])),
     )
 
 
-def _interval(outcomes: list[Outcome], name: str, ratio: float, people: int | None) -> Interval:
+def _interval(outcomes: list[Outcome], name: str, ratio: float, people: int | None, groups: float) -> Interval:
     interval = corrected_interval(
         [outcome.scores[name] for outcome in outcomes],
         ratio,
         chance=float(np.mean([outcome.chances[name] for outcome in outcomes])),
         bounds=RANGES[name],
         people=people,
+        groups=groups,
     )
     return _with_bootstrap(interval, [outcome.draws.get(name) for outcome in outcomes])
 
 
-def _gain(outcomes: list[Outcome], beside: list[Outcome], name: str, ratio: float) -> Interval:
+def _gain(outcomes: list[Outcome], beside: list[Outcome], name: str, ratio: float, groups: float) -> Interval:
     pairs = list(zip(outcomes, beside, strict=True))
-    interval = corrected_interval([a.scores[name] - b.scores[name] for a, b in pairs], ratio, chance=0.0)
+    apart = [a.scores[name] - b.scores[name] for a, b in pairs]
+    interval = corrected_interval(apart, ratio, chance=0.0, groups=groups)
     return _with_bootstrap(interval, [a.draws[name] - b.draws[name] if a.draws else None for a, b in pairs])
 
 

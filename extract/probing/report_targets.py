@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from extract.probing.calibration import probability_calibration_plot, value_calibration_plot
 from extract.probing.compare import Difference, Probed
+from extract.probing.numbers import in_digits
 from extract.probing.plots import MANY_POINTS, confusion_plot, forest_plot, roc_plot, scatter_plot
 from extract.probing.plots_compared import curve_plot, grouped_forest_plot
 from extract.probing.results import Interval, TargetResult
@@ -145,10 +146,12 @@ def number_in_words(value: float, metric: str) -> str:
     """Write the value of a metric with as many digits as tell something; a dash if it is not defined."""
     if not math.isfinite(value):
         return "–"
-    if metric == "mae":  # three figures, in whatever unit
-        decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    if metric == "mae" and 1e-5 <= abs(value) < 1e9:  # three figures, in whatever unit
+        decimals = max(0, 2 - math.floor(math.log10(abs(value))))
         return f"{value:,.{decimals}f}"
-    return f"{value:.3f}".replace("-0.000", "0.000")
+    if metric == "mae":
+        return f"{value:.3g}"
+    return in_digits(value)
 
 
 def panels(probed: Sequence[Probed]) -> list[Picture]:

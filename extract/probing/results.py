@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from extract.probing.numbers import rounded
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -92,6 +94,8 @@ class TargetResult:
         Metric -> (repeat x fold,) scores of the test folds, repeat after repeat: for paired comparisons.
     test_to_train
         Scans tested over scans left to train on, mean over the folds.
+    effective_groups
+        How many groups of the same size the groups are worth that are never split (`probing.scores.effective_number`).
     train_participants
         People that a model was trained on, median over the folds.
     """
@@ -116,6 +120,7 @@ class TargetResult:
     null: str = ""
     fold_scores: dict[str, np.ndarray] = field(default_factory=dict)
     test_to_train: float = 0.0
+    effective_groups: float = np.inf
     train_participants: int = 0
 
     @property
@@ -143,13 +148,19 @@ class TargetResult:
             "confounds": self.confounds,
             "confound_metrics": {name: _numbers(interval) for name, interval in self.confound_metrics.items()},
             "gains": {name: _numbers(interval) for name, interval in self.gains.items()},
+            "fold_scores": {name: self._by_repeat(scores) for name, scores in self.fold_scores.items()},
             "labels": self.labels,
             "method": self.method,
         }
+
+    def _by_repeat(self, scores: np.ndarray) -> list[list[float | None]]:
+        """Return the score of each fold of each repeat; all repeats have as many folds as the first."""
+        folds = len(scores) if self.out_of_fold is None else int(self.out_of_fold.fold.max()) + 1
+        return [[rounded(score) for score in repeat] for repeat in scores.reshape(-1, folds).tolist()]
 
 
 def _numbers(interval: Interval) -> dict[str, float | None]:
     values = {"score": interval.score, "low": interval.low, "high": interval.high, "chance": interval.chance}
     if interval.boot_low is not None and interval.boot_high is not None:
         values |= {"boot_low": interval.boot_low, "boot_high": interval.boot_high}
-    return {key: None if np.isnan(value) else round(float(value), 4) for key, value in values.items()}
+    return {key: rounded(value) for key, value in values.items()}

@@ -97,6 +97,7 @@ def corrected_interval(
     bounds: tuple[float, float] = (-np.inf, np.inf),
     confidence: float = 0.95,
     people: int | None = None,
+    groups: float = np.inf,
 ) -> Interval:
     """Return the mean of fold scores with a t interval that allows for their dependence.
 
@@ -133,17 +134,32 @@ def corrected_interval(
         Of the smallest class. Where every fold has the best score that there is (an AUC of 1 in each) the scores do not
         vary, which is no certainty: the lower end is then the exact one of `people` successes in as many trials
         (Clopper & Pearson 1934, Biometrika 26:404).
+    groups
+        How many groups of about the same size people come in that are never split, see `effective_number`. Where they
+        are few, repeats deal the same ones again and tell nothing new: no more scores than that are counted.
     """
     values = np.asarray(scores, dtype=np.float64)
-    m = len(values)
+    m = max(2.0, min(len(values), groups))
     mean = float(values.mean())
     dependence = 2 * test_to_train / (1 + test_to_train**2)  # rho / (1 - rho)
-    error = float(np.sqrt(values.var(ddof=1) * (1 / m + dependence)))
+    error = float(np.sqrt(values.var() * m / (m - 1) * (1 / m + dependence)))
     half = float(stats.t.ppf((1 + confidence) / 2, m - 1)) * error
     low, high = (float(np.clip(end, *bounds)) for end in (mean - half, mean + half))
     if people and low == high == bounds[1]:
         low = float(((1 - confidence) / 2) ** (1 / people))
     return Interval(mean, low, high, chance)
+
+
+def effective_number(groups: np.ndarray) -> float:
+    """Return how many groups of the same size would be as many as these: the inverse of the sum of squared shares.
+
+    Parameters
+    ----------
+    groups
+        int, (scan,) 0 ... groups-1.
+    """
+    sizes = np.bincount(groups).astype(np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def paired_interval(a: TargetResult, b: TargetResult, metric: str) -> Interval:
@@ -171,4 +187,4 @@ def paired_interval(a: TargetResult, b: TargetResult, metric: str) -> Interval:
         or not np.array_equal(a.out_of_fold.fold, b.out_of_fold.fold)
     ):
         raise ValueError(f"{a.name!r} and {b.name!r} were probed on other folds; probe the same scans with one seed")
-    return corrected_interval(mine - other, a.test_to_train, chance=0.0)
+    return corrected_interval(mine - other, a.test_to_train, chance=0.0, groups=a.effective_groups)

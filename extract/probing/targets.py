@@ -23,6 +23,7 @@ CLASSIFICATIONS = ("binary", "multiclass")
 MAX_CODES = 10
 
 _MOST_DIGITS = 17  # tell any two float64 apart
+_SMALLEST, _LARGEST = 1e-60, 1e60  # of a target's largest value: scores take fourth powers, and float64 ends at 1e308
 
 _Option = TypeVar("_Option")
 
@@ -123,7 +124,7 @@ def infer_task(values: np.ndarray, labels: object = None) -> str:
     """Guess the task of a variable of which nothing is said.
 
     Two different values are ``binary``. Up to ten different whole numbers are ``multiclass`` if the variable has
-    labels, else ``count`` if none is negative. All else is ``continuous``.
+    labels, else ``count`` if the smallest is 0 or 1. All else is ``continuous``.
 
     Parameters
     ----------
@@ -132,15 +133,20 @@ def infer_task(values: np.ndarray, labels: object = None) -> str:
     labels
         Of the codes; None or empty if there are none.
     """
-    distinct = np.unique(values)
-    if len(distinct) == 2:
+    if len(np.unique(values)) == 2:
         return "binary"
-    if 2 < len(distinct) <= MAX_CODES and np.all(distinct == np.round(distinct)):
+    if few_whole_numbers(values):
         if labels:
             return "multiclass"
-        if distinct[0] >= 0:
+        if values.min() in (0, 1):
             return "count"
     return "continuous"
+
+
+def few_whole_numbers(values: np.ndarray) -> int:
+    """Return how many different values there are if they may be codes: three to ten whole numbers; else 0."""
+    distinct = np.unique(values[~np.isnan(values)])
+    return len(distinct) if 2 < len(distinct) <= MAX_CODES and np.all(distinct == np.round(distinct)) else 0
 
 
 def known_task(embeddings: Embeddings, column: str) -> str:
@@ -193,7 +199,7 @@ def _read_target(
     present = ~np.isnan(values)
     known = attrs.get("labels") or {}
     units, note = attrs.get("units"), ""
-    if bins is not None and np.isinf(values).any():
+    if bins is not None and (np.abs(values[present]) > _LARGEST).any():
         return Target(name, asked or "multiclass", values, units=units, reason=_unfit(values[present], "", 0))
     if bins is not None and present.any():
         values, known, note = _bin(values, bins, people)
@@ -263,6 +269,9 @@ def _unfit(values: np.ndarray, task: str, participants: int) -> str:
     distinct = len(np.unique(values))
     if distinct == 1:
         return f"constant: every value is {values[0]:g}"
+    largest = np.abs(values).max()
+    if not _SMALLEST <= largest <= _LARGEST:
+        return f"values reach {largest:.3g}, expected between {_SMALLEST:g} and {_LARGEST:g}; use other units"
     if task == "binary" and distinct > 2:
         return f"{distinct} different values are not binary; name another task"
     if task == "count" and values.min() < 0:

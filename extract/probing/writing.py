@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from ingest.errors import StoreError
+
+PAGE_SUFFIX = ".html"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -34,3 +37,26 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary.is_file():
             temporary.unlink()
+
+
+def check_page_suffix(path: Path) -> None:
+    """Raise StoreError if the name's ending is not that of a page."""
+    if path.suffix != PAGE_SUFFIX:
+        raise StoreError(f"{path.name} ends in {path.suffix!r}; a report is written as {PAGE_SUFFIX}")
+
+
+def check_writable(path: Path) -> None:
+    """Check, before anything is computed, that `write_whole` can write a file, as far as can be told without trying.
+
+    Raises
+    ------
+    StoreError
+        If a folder has that name, or the system does not let anything be written beside it.
+    """
+    if os.path.isdir(path):  # unlike pathlib's, it does not fail where nothing can be looked at
+        raise StoreError(f"{path} is a folder, expected the name of a file; choose another name")
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # the rest is made
+    if not os.path.isdir(folder):
+        raise StoreError(f"{path} cannot be written: {folder} is a file, expected a folder; choose another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreError(f"{path} cannot be written: there is no leave to write in {folder}; choose another name")

@@ -1,0 +1,110 @@
+"""What may be wrong with the input of a probe though it can be computed: said beside the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from extract.embeddings import Embeddings
+from extract.probing.groups import read_groups
+from extract.probing.settings import ProbeSettings
+from extract.probing.targets import by_column, few_whole_numbers, known_task
+
+_FEWEST_PERMUTATIONS = 19  # give a p value of 0.05 at the least
+_FEWEST_DRAWS = 100  # leave two or three beyond each end of a 95 % interval
+
+
+def check_not_empty(name: str, embeddings: Embeddings) -> None:
+    """Raise ValueError if there is no scan or no feature."""
+    scans, features = embeddings.features.shape
+    if not scans or not features:
+        what = f"{scans} scans" if not scans else f"{features} features of each scan"
+        raise ValueError(f"{name} has {what}, expected at least one; extract it again from a store that holds volumes")
+
+
+def doubts(
+    named: Mapping[str, Embeddings], targets: Sequence[str], *, tasks: Mapping[str, str], settings: ProbeSettings
+) -> list[str]:
+    """Return warnings about features, targets, groups and numbers of draws, a line each.
+
+    Parameters
+    ----------
+    named
+        Name -> embeddings of the same scans.
+    targets
+        Columns.
+    tasks
+        By name or alias, of some of the targets and confounds.
+
+    Raises
+    ------
+    ValueError
+        If a task is given for what is not there, or the groups cannot be used.
+    """
+    first = next(iter(named.values()))
+    return [
+        *(warning for name, embeddings in named.items() for warning in _constant_features(name, embeddings)),
+        *_codes(first, targets, tasks, settings),
+        *_lone_groups(first, settings),
+        *_few_draws(settings),
+    ]
+
+
+def _constant_features(name: str, embeddings: Embeddings) -> list[str]:
+    features = embeddings.features
+    constant = int(np.sum(np.ptp(features, axis=0) == 0))
+    if constant < features.shape[1]:
+        return []
+    return [
+        f"all {constant} features of {name} are the same in every scan, so they tell nothing of anybody; look at the "
+        "scans (ingest report) and at what the network saw of them (--crop, --size, --scale of extract)"
+    ]
+
+
+def _codes(
+    embeddings: Embeddings, targets: Sequence[str], tasks: Mapping[str, str], settings: ProbeSettings
+) -> list[str]:
+    """Name the targets that are taken as numbers and look like codes, of which nothing is said."""
+    said = {*by_column(embeddings, tasks, targets), *by_column(embeddings, settings.bins, targets)}
+    warnings = []
+    for name in targets:
+        if name in said or embeddings.variables.get(name, {}).get("task"):
+            continue
+        values = embeddings.phenotypes[name].to_numpy(np.float64)
+        known = values[~np.isnan(values)]
+        few = few_whole_numbers(known)
+        if few and known_task(embeddings, name) == "continuous":
+            warnings.append(
+                f"the target {name} has {few} different whole numbers, from {known.min():g} on, and is taken as a "
+                f"number; if they are codes, add --task {name}=multiclass, else --task {name}=continuous"
+            )
+    return warnings
+
+
+def _lone_groups(embeddings: Embeddings, settings: ProbeSettings) -> list[str]:
+    if settings.groups is None:
+        return []
+    groups = read_groups(embeddings, settings.groups, settings.kinship)
+    if groups.together.max() < groups.people.max():
+        return []
+    return [
+        f"{groups.note}: no two of the people here are in one group, so folds are as without --groups; expected a "
+        "table with the participants of these scans" + ("" if settings.kinship is None else ", or a lower --kinship")
+    ]
+
+
+def _few_draws(settings: ProbeSettings) -> list[str]:
+    warnings = []
+    if 0 < settings.permutations < _FEWEST_PERMUTATIONS:
+        least = 1 / (settings.permutations + 1)
+        warnings.append(
+            f"{settings.permutations} permutations give no p value below {least:.2g}; use --permutations 1000, or "
+            f"{_FEWEST_PERMUTATIONS} at the least"
+        )
+    if 0 < settings.bootstrap < _FEWEST_DRAWS:
+        warnings.append(
+            f"the ends of a 95 % interval are not known from {settings.bootstrap} draws; use --bootstrap 1000, or "
+            f"{_FEWEST_DRAWS} at the least"
+        )
+    return warnings

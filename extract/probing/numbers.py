@@ -1,0 +1,24 @@
+"""How numbers are written: scores have three decimals, errors the digits that tell something in any unit."""
+
+from __future__ import annotations
+
+import math
+
+_FEW_DECIMALS = 0.1  # errors below it have fewer than three digits among three decimals
+_MANY_DIGITS = 1e6
+
+
+def rounded(value: float) -> float | None:
+    """Return a number as documents for machines have it, with six digits; None if it is not finite."""
+    return None if not math.isfinite(value) else float(f"{value:.6g}")
+
+
+def in_digits(value: float, metric: str = "") -> str:
+    """Write the value of a metric for a table: with three decimals, or three digits where these would tell nothing.
+
+    Only errors (``mae``) are ever small without being nothing: they are in the units of a variable.
+    """
+    size = abs(value)
+    if size >= _MANY_DIGITS or (metric == "mae" and 0 < size < _FEW_DECIMALS):
+        return f"{value:.3g}"
+    return f"{value:.3f}".replace("-0.000", "0.000")
