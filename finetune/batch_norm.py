@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from finetune.network import NORMS, ScanNetwork
-from loaders import Loader
+from loaders import Batch, Loader
 
 #: Scans that give the statistics: of their slices or voxels there are plenty.
 SCANS = 128
@@ -25,6 +25,24 @@ SCANS = 128
 def choose_scans(rows: np.ndarray, seed: int) -> np.ndarray:
     """Choose which of the rows to train on give the statistics, the same ones each time; int64, in ascending order."""
     return np.sort(np.random.default_rng([seed, SCANS]).permutation(rows)[:SCANS])
+
+
+def read_scans(batch: Batch, least: int = 1) -> Batch | None:
+    """Return a batch without the scans that could not be read, whose pictures are black; None for too few.
+
+    Parameters
+    ----------
+    least
+        Fewer are too few.
+    """
+    if batch.valid.all():
+        return batch
+    kept = np.flatnonzero(batch.valid)
+    if len(kept) < least:
+        return None
+    places = torch.from_numpy(kept).to(batch.images.device)  # not a mask, which would make a GPU be waited for
+    participant = [batch.participant[place] for place in kept]
+    return Batch(batch.images[places], batch.rows[kept], participant, batch.valid[kept])
 
 
 def update_statistics(network: ScanNetwork, loader: Loader, dtype: torch.dtype = torch.float32) -> None:
@@ -42,12 +60,17 @@ def update_statistics(network: ScanNetwork, loader: Loader, dtype: torch.dtype =
     was_training = network.training
     network.train()
     norms = [module for module in network.modules() if isinstance(module, NORMS) and module.training]
+    together = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     device = next(network.parameters()).device
     with _averaging(norms), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         for number, batch in enumerate(loader if norms else ()):
             if number and len(batch.rows) == 1:  # what is left over: of one small slice there may be no variance
                 continue
-            network.features(batch.images.to(device), network.seen.cut)
+            read = read_scans(batch, least=2 if len(batch.rows) > 1 else 1)
+            if read is None and together:  # processes that wait for each other leave out none
+                read = batch
+            if read is not None:
+                network.features(read.images.to(device), network.seen.cut)
     network.train(was_training)
 
 

@@ -23,9 +23,11 @@ from extract.weights import Weights
 from finetune.heads import Head
 from finetune.network import Input, ScanNetwork
 from finetune.settings import FinetuneSettings, make_settings
+from ingest.errors import StoreError
 from loaders.views import View
 
 VERSION = 1
+ANEW = "--overwrite begins the run anew"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class LoadedRun:
         Of the run.
     attrs
         Provenance: ``store`` (path, id, grid), ``simulated``, ``weights`` (name, sha256, notes) that it began with,
-        ``created_by`` (versions), and ``epoch`` and ``step`` of these weights.
+        ``created_by`` (versions), ``resolved`` (see `finetune.results.RunResult`), and ``epoch`` and ``step`` of these
+        weights.
     sha256
         Of the file.
     """
@@ -75,12 +78,7 @@ def checkpoint_of(
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "model": {
-            "name": network.model,
-            "pool": "mean" if network.attention is None else "attention",
-            "input": {**asdict(seen), "view": str(seen.view), "mean": list(seen.mean), "std": list(seen.std)},
-            "heads": [head.to_json() for head in network.heads_info],
-        },
+        "model": model_of(network),
         "mean": list(seen.mean),
         "std": list(seen.std),
         "settings": settings.model_dump(mode="json"),
@@ -88,6 +86,17 @@ def checkpoint_of(
         "state_dict": {name: value.cpu() for name, value in (state_dict or network.state_dict()).items()},
     }
     return document if training is None else {**document, "training": dict(training)}
+
+
+def model_of(network: ScanNetwork) -> dict[str, Any]:
+    """Return what a checkpoint says of a network beside its weights: which one, what it sees, its heads."""
+    seen = network.seen
+    return {
+        "name": network.model,
+        "pool": "mean" if network.attention is None else "attention",
+        "input": {**asdict(seen), "view": str(seen.view), "mean": list(seen.mean), "std": list(seen.std)},
+        "heads": [head.to_json() for head in network.heads_info],
+    }
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -116,9 +125,22 @@ def read_training(path: Path) -> dict[str, Any]:
     return _read(os.fspath(path))[0]
 
 
+def read_last(path: Path) -> dict[str, Any]:
+    """Return the content of the last checkpoint of a run; StoreError if it is damaged, or something else."""
+    try:
+        return read_training(path)
+    except WeightsUnavailableError as error:
+        raise broken(error) from None
+
+
+def broken(error: WeightsUnavailableError) -> StoreError:
+    """Return the error of a run whose own file cannot be read, with what helps there."""
+    return StoreError(f"{str(error).split('; save one with ')[0]}; {ANEW}")
+
+
 def weights_of_last(path: Path) -> tuple[Weights, dict[str, Any]]:
     """Return the weights that a run began with, without their numbers, and what its last checkpoint says of them."""
-    content = read_training(path)
+    content = read_last(path)
     about = dict(content["attrs"]["weights"])
     return Weights(about["name"], about["sha256"], {}, tuple(content["mean"]), tuple(content["std"])), about
 

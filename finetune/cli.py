@@ -19,10 +19,9 @@ from extract.errors import WeightsUnavailableError
 from finetune.curves.cli import curve_command
 from finetune.errors import NonFiniteLossError
 from finetune.export import export_run
-from finetune.folder import FREE
 from finetune.options import Config, settings_from, with_settings
 from finetune.predict import predict_to
-from finetune.printing import print_predicted, print_result
+from finetune.printing import epoch_lines, print_predicted, print_result, progress_words
 from finetune.results import SETTINGS
 from finetune.run import Progress, finetune
 from ingest.default_command import RunByDefault
@@ -37,7 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fine-tune a network for a phenotype:  finetune STORE RUN_DIR --target NAME",
+    help="Fine-tune a network for a phenotype:  finetune STORE RUN_DIR --target NAME  (options: finetune run --help)",
 )
 
 Store = Annotated[str, typer.Argument(metavar="STORE", help="A store made by ingest, or s3://bucket/store.zarr")]
@@ -58,21 +57,26 @@ def run_command(
 ) -> None:
     """Train, choose the best epoch by validation, and score it on people who were held back (the default command)."""
     given = {name for name, value in flags.items() if value is not None and value != []}
-    if config is None and (run_dir / SETTINGS).is_file() and given <= set(FREE):
+    if config is None and (run_dir / SETTINGS).is_file() and "target" not in given:
         config = run_dir / SETTINGS  # to go on, it is enough to name the run
     settings = settings_from(config, flags)
     logging.getLogger("loaders").addFilter(_is_no_skipped_scan)
     with join_group() as group:
         with progress_bar("finetune", errors if group.rank == 0 else Console(quiet=True)) as bar:
             task = bar.add_task("finetune", total=None)
-            result = finetune(
-                store, run_dir, settings,
-                group=group, overwrite=overwrite, on_progress=lambda progress: _show(bar, task, progress),
-            )  # fmt: skip
+            tell = None if group.rank or errors.is_terminal or as_json else epoch_lines(errors)
+
+            def show(progress: Progress) -> None:
+                _show(bar, task, progress)
+                if tell is not None:
+                    tell(progress)
+
+            result = finetune(store, run_dir, settings, group=group, overwrite=overwrite, on_progress=show)
         if group.rank:
             return
     print_result(result, console, errors, as_json=as_json)
-    if result.skipped or (result.scans["test"] and any(one.status != "ok" for one in result.test)):
+    asked = settings.test > 0 or result.scans["test"] > 0
+    if result.skipped or (asked and any(one.status != "ok" for one in result.test)):
         raise typer.Exit(1)
 
 
@@ -122,6 +126,8 @@ def export_command(
 ) -> None:
     """Write a network for use elsewhere: the weights of its encoder, or all of it as a program."""
     done = export_run(run, out, overwrite=overwrite)
+    for warning in done.warnings:
+        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
     console.print(done.in_words(), soft_wrap=True, highlight=False, markup=False)
 
 
@@ -134,9 +140,7 @@ def _is_no_skipped_scan(record: logging.LogRecord) -> bool:
 
 
 def _show(bar: Bar, task: TaskID, progress: Progress) -> None:
-    notes = [f"epoch {min(progress.epoch + 1, progress.epochs)}/{progress.epochs}", f"loss {progress.loss:.3f}"]
-    scores = list(progress.scores.items())[:4]
-    notes += [f"{'validation loss' if name == 'loss' else name} {score:.3f}" for name, score in scores]
+    notes = [f"epoch {min(progress.epoch + 1, progress.epochs)}/{progress.epochs}", *progress_words(progress)]
     notes += [f"{progress.scans_per_second:.1f} scans/s"] if progress.scans_per_second else []
     notes += [f"starved {progress.starved:.0%}"] if progress.scans_per_second else []
     bar.update(task, completed=progress.step, total=progress.steps, notes=", ".join(notes))

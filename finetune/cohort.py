@@ -13,8 +13,10 @@ from extract.probing.folds import class_strata, value_strata
 from extract.probing.groups import Groups, read_groups
 from extract.probing.targets import Target, read_targets, target_names
 from extract.run import scans_table
+from finetune.evaluate import why_undefined
 from finetune.heads import Head, make_head
 from finetune.losses import class_weights, scan_weights
+from finetune.predictions import check_names
 from finetune.settings import FinetuneSettings
 from finetune.split import Split, read_split, split_people, training_people
 from ingest.store import VolumeStore
@@ -87,13 +89,12 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
     rows = select_rows(store, where=settings.where)
     table = as_table(store, rows)
     names = target_names(table, settings.target)
-    if "part" in names:
-        raise ValueError("a target may not be called 'part', as a column of the predictions is; rename it")
     everybody = read_groups(table, settings.groups, settings.kinship)
     targets = read_targets(table, names, settings.task, {}, everybody.people)
     for target in targets:
         if target.reason:
             raise ValueError(f"{target.name!r} cannot be learnt: {target.reason}")
+    check_names(store, targets)
     known = np.any([target.present for target in targets], axis=0)
     rows, groups = rows[known], everybody.rows(known)
     targets = [_of_scans(target, known) for target in targets]
@@ -107,18 +108,14 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
             participants, groups.together, strata_of_units(targets[0], groups.together),
             validation=settings.validation, test=settings.test, seed=settings.seed,
         )  # fmt: skip
-    warnings = []
     part = np.array([split.part_of.get(who, "") for who in participants], dtype=object)
     if split_file is not None:
         _check_whole(groups, part, split_file)
+    warnings = _check_parts(settings, part, drawn=split_file is None)
     strangers = len(np.unique(participants[part == ""]))
     if strangers:
         warnings.append(f"{strangers} people are in no part of the split, and left out")
     train = part == "train"
-    if settings.patience is not None and not (part == "validation").any():
-        raise ValueError(
-            f"patience is {settings.patience}, but nobody is in the validation part: nothing tells when to stop"
-        )
     if not train.any():
         raise ValueError("nobody is in the training part; use more people, or another split")
     if settings.train_people is not None:
@@ -128,6 +125,8 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
         train = kept
     balanced = settings.class_weights == "balanced"
     heads = [make_head(target, train, balanced=balanced) for target in targets]
+    if settings.monitor == "score":
+        _check_score(heads, targets, part == "validation")
     labels = np.full((len(store.scans), len(heads)), np.nan, np.float32)
     weights = np.zeros_like(labels)
     for column, (head, target) in enumerate(zip(heads, targets, strict=True)):
@@ -162,6 +161,45 @@ def strata_of_units(target: Target, units: np.ndarray) -> np.ndarray:
     values = target.values[present]
     strata[there] = class_strata(values.astype(np.int64), numbers) if target.labels else value_strata(values, numbers)
     return strata - strata.min()
+
+
+def _check_parts(settings: FinetuneSettings, part: np.ndarray, *, drawn: bool) -> list[str]:
+    """Return what is to be told of parts that were asked for, and are empty; ValueError if they are needed.
+
+    Parameters
+    ----------
+    drawn
+        The people were drawn just now, by the shares of the settings.
+    """
+    warnings = []
+    if not (part == "validation").any():
+        for name, needed in (("patience", settings.patience is not None), ("monitor", settings.monitor == "score")):
+            if needed:
+                raise ValueError(
+                    f"{name} is {getattr(settings, name)}, but nobody is in the validation part: nothing tells the "
+                    "best epoch, or when to stop; use a larger --validation, or another split"
+                )
+        if settings.validation > 0:
+            warnings.append("nobody is in the validation part: the last epoch is kept, whether it is the best or not")
+    if settings.test > 0 and not (part == "test").any():
+        if drawn:
+            raise ValueError(
+                f"nobody is in the test part: test is {settings.test:g} of too few people, or groups that stay "
+                "together; use a larger share, smaller groups, or --test 0 if that is meant"
+            )
+        warnings.append("nobody is in the test part of the split: nothing will be scored; --test 0 if that is meant")
+    return warnings
+
+
+def _check_score(heads: list[Head], targets: list[Target], validation: np.ndarray) -> None:
+    """Raise ValueError if no score of the validation part is defined, by which the best epoch is to be known."""
+    why = [why_undefined(head, one.values[validation & one.present]) for head, one in zip(heads, targets, strict=True)]
+    if all(why):
+        reasons = "; ".join(f"{head.name}: {reason}" for head, reason in zip(heads, why, strict=True))
+        raise ValueError(
+            f"monitor is score, but the validation part has none ({reasons}); use a larger --validation, another "
+            "split or --seed, or --monitor loss"
+        )
 
 
 def _check_whole(groups: Groups, part: np.ndarray, split_file: Path) -> None:

@@ -162,7 +162,7 @@ def score_head(
     truth, predicted, people = truth[known], predicted[known], people[known]
     units = np.unique(people, return_inverse=True)[1] if len(people) else np.zeros(0, np.int64)
     participants = int(units.max()) + 1 if len(units) else 0
-    reason = _why_undefined(head, truth)
+    reason = why_undefined(head, truth)
     result = TargetResult(
         head.name, head.task, "skipped", len(truth), participants, reason, labels=list(head.labels), units=head.units
     )
@@ -182,7 +182,8 @@ def score_head(
     return replace(result, status="ok", metric=head.metric, metrics=metrics, out_of_fold=out)
 
 
-def _why_undefined(head: Head, truth: np.ndarray) -> str:
+def why_undefined(head: Head, truth: np.ndarray) -> str:
+    """Return why there is no score of some scans, of what is true of them; nothing if there is one."""
     if len(truth) < 2:
         return f"{len(truth)} scans of the part have a value, at least 2 are needed"
     if head.labels:

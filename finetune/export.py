@@ -20,6 +20,7 @@ from finetune.build import check_volumes
 from finetune.checkpoints import LoadedRun, checkpoint_of, load_run
 from finetune.heads import Head
 from finetune.network import ScanNetwork
+from finetune.predict import unfinished
 from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.store import package_versions
@@ -39,10 +40,13 @@ class Exported:
     description
         What it holds: of a program what is beside it as ``brain-volumes.json``, of weights their attribute
         ``brain_volumes``.
+    warnings
+        What is to be known of it.
     """
 
     path: Path
     description: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     def in_words(self) -> str:
         """Return in one line what it is."""
@@ -97,7 +101,7 @@ def export_run(run: Path, out: Path, *, overwrite: bool = False) -> Exported:
         _grid(loaded)
     except (LookupError, TypeError, ValueError):
         raise WeightsUnavailableError(f"{run} does not say of which grid the volumes were that it saw") from None
-    return Exported(out, _WRITERS[out.suffix](loaded, out))
+    return Exported(out, _WRITERS[out.suffix](loaded, out), tuple(unfinished(run, loaded)))
 
 
 class ScanProgram(nn.Module):

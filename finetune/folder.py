@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from extract.probing.writing import write_whole
-from finetune.checkpoints import BEST, LAST, read_training, write_checkpoint
+from finetune.checkpoints import BEST, LAST, read_last, write_checkpoint
 from finetune.logs import TENSORBOARD
 from finetune.results import EPOCHS, PREDICTIONS, REPORT, RESULTS, SETTINGS, SPLIT
 from finetune.settings import FinetuneSettings, make_settings, read_settings
@@ -72,7 +72,7 @@ def begin_folder(run_dir: Path, settings: FinetuneSettings, split: Split, *, ove
 
 def leave_weights(path: Path) -> None:
     """Leave out of a last checkpoint, if it is there, what it takes to go on, which is three times as much."""
-    content = read_training(path) if path.is_file() else {}
+    content = read_last(path) if path.is_file() else {}
     if content.pop("training", None) is not None:
         write_checkpoint(path, content)
 

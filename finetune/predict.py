@@ -24,7 +24,7 @@ from finetune.checkpoints import BEST, LAST, LoadedRun, load_run
 from finetune.evaluate import Outputs, predict_rows, what_to_load
 from finetune.network import ScanNetwork
 from finetune.predictions import prediction_table, write_table
-from finetune.results import SPLIT
+from finetune.results import RESULTS, SETTINGS, SPLIT
 from finetune.split import PARTS, read_split
 from ingest.errors import StoreError
 from ingest.places import Place
@@ -158,7 +158,7 @@ def predict_to(
         table.insert(1, "part", part)
     table.attrs.update(_provenance(run, loaded, volumes))
     write_table(out, table)
-    warnings = other_store(loaded.attrs, volumes)
+    warnings = [*unfinished(run, loaded), *other_store(loaded.attrs, volumes)]
     known = {} if part is None else {name: int((part == name).sum()) for name in PARTS if (part == name).any()}
     if "train" in known:
         warnings.append(
@@ -178,6 +178,20 @@ def predict_to(
         precision=str(dtype).removeprefix("torch."),
         batch_size=batch_size,
     )
+
+
+def unfinished(run: Path, loaded: LoadedRun) -> list[str]:
+    """Return a warning if weights are of a run that is still under way, or was killed."""
+    folder = _folder_of(run)
+    if not (folder / SETTINGS).is_file() or (folder / RESULTS).is_file():
+        return []
+    epoch, epochs = loaded.attrs.get("epoch"), loaded.settings.epochs
+    return [f"this run is not finished: the weights are of epoch {epoch} of {epochs}; finetune STORE {folder} goes on"]
+
+
+def _folder_of(run: Path) -> Path:
+    """Return the folder of a run, of it or a checkpoint in it."""
+    return run.parent if run.name in (BEST, LAST) else run
 
 
 def _precision(wanted: str | None, of_run: str, device: torch.device) -> torch.dtype:
@@ -247,7 +261,7 @@ def _parts(run: Path, loaded: LoadedRun, volumes: VolumeStore, rows: np.ndarray)
 
     People are known by their names. Simulated people of different stores have the same ones.
     """
-    folder = run.parent if run.name in (BEST, LAST) else run
+    folder = _folder_of(run)
     simulated = loaded.attrs.get("simulated") or volumes.attrs["simulated"]
     if not (folder / SPLIT).is_file() or (simulated and not same_store(loaded.attrs, volumes)):
         return None

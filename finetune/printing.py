@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from extract.probing.results import Interval, TargetResult
+from extract.probing.numbers import in_digits
+from extract.probing.results import TargetResult
 from finetune.predict import Predicted
 from finetune.results import REPORT, RunResult
+from finetune.run import Progress
 
 _NAMES = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
 _SHOWN_SKIPPED = 20
+_SHOWN_SCORES = 4
 _WIDE = 120  # columns
+
+
+def progress_words(progress: Progress) -> list[str]:
+    """Return the loss of a run under way, and its last scores."""
+    scores = list(progress.scores.items())[:_SHOWN_SCORES]
+    named = [f"{'validation loss' if name == 'loss' else name} {score:.3f}" for name, score in scores]
+    return [f"loss {progress.loss:.3f}", *named]
+
+
+def epoch_lines(errors: Console) -> Callable[[Progress], None]:
+    """Return what prints a line about each epoch that has ended, for logs, where no bar can be shown."""
+    begun, first = time.monotonic(), 0
+
+    def tell(progress: Progress) -> None:
+        nonlocal first
+        first = first or progress.step  # a run may have gone on
+        if progress.ended is None:
+            return
+        epoch = f"epoch {progress.epoch}/{progress.epochs}"
+        speed = f"{progress.ended['scans_per_second']:.1f} scans/s"
+        seconds = (time.monotonic() - begun) / (progress.step - first + 1) * (progress.steps - progress.step)
+        left = [f"{timedelta(seconds=round(seconds))} left"] if seconds else []
+        line = ", ".join([epoch, *progress_words(progress), speed, *left])
+        errors.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    return tell
 
 
 def print_result(result: RunResult, console: Console, errors: Console, *, as_json: bool) -> None:
@@ -73,12 +105,9 @@ def _add_rows(table: Table, one: TargetResult, validation: TargetResult) -> None
     for place, (name, found) in enumerate(one.metrics.items()):
         first = (one.name, one.task, str(one.n)) if not place else ("", "", "")
         beside = validation.metrics.get(name)
-        shown = "" if beside is None else f"{beside.score:.3f}"
-        table.add_row(*first, _NAMES[name], f"{found.score:.3f}", _ends(found), f"{found.chance:.3f}", shown)
-
-
-def _ends(found: Interval) -> str:
-    return "" if np.isnan(found.low) else f"{found.low:.3f} to {found.high:.3f}"
+        shown = "" if beside is None else in_digits(beside.score, name)
+        ends = "" if np.isnan(found.low) else f"{in_digits(found.low, name)} to {in_digits(found.high, name)}"
+        table.add_row(*first, _NAMES[name], in_digits(found.score, name), ends, in_digits(found.chance, name), shown)
 
 
 def _finite(value: object) -> object:

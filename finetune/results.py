@@ -14,7 +14,7 @@ import pandas as pd
 from extract.probing.results import Interval, OutOfFold, TargetResult
 from extract.probing.writing import write_whole
 from finetune.heads import Head
-from finetune.predictions import TRUE, predicted_of
+from finetune.predictions import predicted_of, truth_of
 
 RESULTS, PREDICTIONS, SPLIT, SETTINGS, EPOCHS, REPORT = (
     "results.json", "predictions.parquet", "split.csv", "settings.yaml", "epochs.csv", "report.html",
@@ -51,6 +51,9 @@ class RunResult:
         By row, why scans were left out.
     warnings
         That were told.
+    resolved
+        What was chosen where settings leave it open: ``weights``, ``view``, ``precision``, ``device``, ``micro_batch``,
+        ``processes``, ``augmentation`` (all ranges; None without). Empty of runs of earlier versions.
     """
 
     run_dir: Path
@@ -68,6 +71,7 @@ class RunResult:
     scans: dict[str, int]
     skipped: dict[int, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    resolved: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as printed by ``--json``; numbers that do not exist are None."""
@@ -116,7 +120,8 @@ def read_result(run_dir: Path, heads: list[Head]) -> RunResult:
         missing = next((name for name in (RESULTS, PREDICTIONS) if not (run_dir / name).is_file()), error)
         raise ValueError(f"{run_dir} is no finished run: there is no {missing}") from None
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{run_dir} is damaged: {' '.join(str(error).split())[:200]}; run it again") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise ValueError(f"{run_dir} is damaged: {reason}; begin it anew with --overwrite") from None
 
 
 def _read_target(document: Mapping[str, Any], table: pd.DataFrame, head: Head) -> TargetResult:
@@ -124,7 +129,7 @@ def _read_target(document: Mapping[str, Any], table: pd.DataFrame, head: Head) -
     result = TargetResult(**{**document, "metrics": metrics})
     if result.status != "ok":
         return result
-    truth = table[f"{TRUE}{head.name}"].to_numpy(np.float64)
+    truth = truth_of(table, head)
     known = ~np.isnan(truth)
     fold = np.zeros(int(known.sum()), np.int64)
     rows = table["row"].to_numpy(np.int64)[known]

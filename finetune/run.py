@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,25 @@ import numpy as np
 import pandas as pd
 
 from extract.distributed import Group, named_death
-from extract.errors import WeightsUnavailableError
 from extract.fast import memory_for
-from extract.weights import Weights, about_store
 from finetune.batch_norm import choose_scans, update_statistics
-from finetune.build import build_network, build_training, check_volumes, find_weights, open_part, open_scans
-from finetune.checkpoints import BEST, LAST, checkpoint_of, load_run, read_training, weights_of_last, write_checkpoint
+from finetune.build import (
+    build_network,
+    build_training,
+    check_scale,
+    check_volumes,
+    open_part,
+    open_scans,
+    resolved_of,
+    without_effect,
+)
+from finetune.checkpoints import BEST, LAST, checkpoint_of, load_run, write_checkpoint
 from finetune.cohort import read_cohort
 from finetune.evaluate import Outputs
 from finetune.folder import FREE as FREE
 from finetune.folder import begin_folder, check_folder, existing, leave_weights, remove_half_written
 from finetune.logs import TENSORBOARD, Log, tensorboard, write_epochs
-from finetune.predictions import TRUE, prediction_table, write_table
+from finetune.predictions import TRUE, prediction_table, true_column, write_table
 from finetune.results import (
     EPOCHS,
     PREDICTIONS,
@@ -34,10 +41,10 @@ from finetune.results import (
     read_result,
     write_result,
 )
+from finetune.resume import check_store, go_on, load_finished, weights_for
 from finetune.settings import FinetuneSettings
 from finetune.training import StepDone, Training, train_epoch
 from finetune.validation import keep_best, predict_part, score_part, validate
-from ingest.errors import StoreError
 from ingest.lock import store_lock
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, package_versions
@@ -58,6 +65,8 @@ class Progress:
         Of the last validation: ``loss``, and each target's headline by its name.
     scans_per_second, starved
         Of the epoch under way, and the share of its time that it waited for scans.
+    ended
+        Row of the history of the epoch that has just ended; None after a step.
     """
 
     step: int
@@ -68,6 +77,7 @@ class Progress:
     scores: dict[str, float]
     scans_per_second: float
     starved: float
+    ended: dict[str, float] | None = None
 
 
 def finetune(
@@ -124,9 +134,10 @@ def finetune(
             done = not overwrite and (run_dir / RESULTS).is_file()
             if not done:
                 cohort = read_cohort(volumes, settings, None if overwrite else existing(run_dir / SPLIT))
-                weights, about = _weights(settings, volumes, None if overwrite else existing(run_dir / LAST))
+                weights, about = weights_for(settings, volumes, None if overwrite else existing(run_dir / LAST))
                 network = build_network(settings, cohort.heads, weights)
                 check_volumes(network, volumes.grid.shape_zyx)
+                check_scale(network.seen, volumes.grid.shape_zyx)
         if done:
             return _finished(run_dir, volumes, group, report=report)
         training = build_training(volumes, settings, cohort, network, group)
@@ -135,10 +146,10 @@ def finetune(
         with group.first_here():
             if group.rank == 0:
                 begin_folder(run_dir, settings, cohort.split, overwrite=overwrite)
-        attrs = _attrs(volumes, about)
-        cohort.warnings.extend(about.get("notes", []))
+        attrs = _attrs(volumes, about) | {"resolved": {"weights": about["name"], **resolved_of(training, volumes)}}
+        cohort.warnings.extend([*about.get("notes", []), *without_effect(settings, cohort.heads)])
         if (run_dir / LAST).is_file():
-            _go_on(training, run_dir / LAST, volumes)
+            go_on(training, run_dir / LAST, volumes)
         _train(training, volumes, run_dir, attrs, on_progress or (lambda _: None))
         result = _finish(training, volumes, run_dir, attrs)
         if report and group.rank == 0:
@@ -146,25 +157,10 @@ def finetune(
         return result
 
 
-def _weights(settings: FinetuneSettings, volumes: VolumeStore, last: Path | None) -> tuple[Weights, dict[str, Any]]:
-    """Return the weights to begin with, and what is kept of where they are from.
-
-    A run that goes on from a checkpoint does without them, should they be gone.
-    """
-    try:
-        weights = find_weights(settings)
-    except WeightsUnavailableError:
-        if last is None:
-            raise
-        return weights_of_last(last)
-    name = "scratch" if weights.state_dict is None else weights.name
-    return weights, {"name": name, "sha256": weights.sha256, "notes": about_store(weights, volumes)}
-
-
 def _finished(run_dir: Path, volumes: VolumeStore, group: Group, *, report: bool) -> RunResult:
     """Return what came of a run that is finished; if it was killed after that was written, do the rest."""
-    run = load_run(run_dir)
-    _check_store(run_dir, run.attrs, volumes)
+    run = load_finished(run_dir)
+    check_store(run_dir, run.attrs, volumes)
     result = read_result(run_dir, run.heads)
     if group.rank == 0:
         remove_half_written(run_dir)
@@ -192,27 +188,6 @@ def _attrs(volumes: VolumeStore, about: dict[str, Any]) -> dict[str, Any]:
         "weights": about,
         "created_by": package_versions("torch", "torchvision", "zarr", "numpy"),
     }
-
-
-def _go_on(training: Training, path: Path, volumes: VolumeStore) -> None:
-    """Load the last checkpoint of a run."""
-    content = read_training(path)
-    if "training" not in content:
-        raise StoreError(f"{path} is of a run that is finished, but {RESULTS} is not there; --overwrite begins anew")
-    _check_store(path.parent, content["attrs"], volumes)
-    for head, before in zip(training.network.heads_info, content["model"]["heads"], strict=True):
-        if head.to_json() != before:
-            raise StoreError(
-                f"{path.parent} was begun with other values of {head.name}, which have changed in the store since; "
-                "--overwrite begins anew"
-            )
-    training.network.load_state_dict(content["state_dict"])
-    training.load_state_dict(content["training"])
-
-
-def _check_store(run_dir: Path, attrs: Mapping[str, Any], volumes: VolumeStore) -> None:
-    if attrs["store"]["id"] != volumes.attrs["store_id"]:
-        raise StoreError(f"{run_dir} was begun with another store; give that one, or --overwrite to begin anew")
 
 
 def _save(training: Training, run_dir: Path, attrs: dict[str, Any]) -> None:
@@ -255,7 +230,8 @@ def _train(
                 scores = _end_epoch(training, validation, statistics, log)
                 if rank == 0:
                     write_epochs(run_dir / EPOCHS, training.history)
-                tell(_progress(training, training.history[-1]["train_loss"], scores))
+                row = training.history[-1]
+                tell(replace(_progress(training, row["train_loss"], scores), ended=row))
             if training.epoch >= steps.epochs or _is_over(training):
                 return
             with named_death():
@@ -356,6 +332,7 @@ def _finish(training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict
         scans=cohort.scans(),
         skipped=skipped,
         warnings=cohort.warnings,
+        resolved=attrs["resolved"],
     )
     if group.rank == 0:
         tables = []
@@ -364,7 +341,7 @@ def _finish(training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict
             table.insert(1, "part", part)
             at = np.searchsorted(cohort.rows, outputs.rows)
             for head, target in zip(network.heads_info, cohort.targets, strict=True):
-                table[f"{TRUE}{head.name}"] = target.values[at]
+                table[f"{TRUE}{head.name}"] = true_column(head, target.values[at])
             tables.append(table)
         write_table(run_dir / PREDICTIONS, pd.concat(tables, ignore_index=True))
         write_result(result)

@@ -92,7 +92,9 @@ class FinetuneSettings(BaseModel):
     backend: Literal["auto", "dali", "torch"] = Field("auto", description="Of the loader.")
     threads: int | None = Field(None, ge=1, description="Of the loader; by default one per core.")
     on_error: Literal["raise", "skip"] = Field("skip", description="What to do about scans that cannot be read.")
-    seed: int = Field(0, ge=0, description="Of the split, the new weights, the order, augmentation and dropout.")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Of the split, the new weights, the order, augmentation and dropout."
+    )
     checkpoint_every: int = Field(200, ge=1, description="Steps from one checkpoint to the next.")
     bootstrap: int = Field(2000, ge=0, description="Draws of the people tested, for intervals.")
     tensorboard: bool = Field(True, description="Log for TensorBoard, too.")
@@ -100,10 +102,19 @@ class FinetuneSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_lists(cls, given: Any) -> Any:
-        """Take text with commas, and single numbers, where there may be several."""
+        """Take text with commas, and single numbers, where there may be several; no true or false for a number."""
         if not isinstance(given, Mapping):
             return given
         given = dict(given)
+        for name, value in given.items():
+            field = cls.model_fields.get(name)
+            parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+            if field and field.annotation is not bool and any(isinstance(part, bool) for part in parts):
+                raise ValueError(
+                    f"{name} is {value!r}, expected no true or false (nor yes, no, on, off without quotes)"
+                )
+        if given.get("weights") == "random":  # as `extract` calls them
+            given["weights"] = "scratch"
         for name in ("target", "crop", "size"):
             value = given.get(name)
             if isinstance(value, str):

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from extract.distributed import Group
+from finetune.batch_norm import read_scans
 from finetune.cohort import Cohort
 from finetune.errors import NonFiniteLossError
 from finetune.losses import loss_sums
@@ -53,6 +54,10 @@ class Training:
         Of the losses of the steps of the epoch under way.
     seen, starved, elapsed
         Scans of the epoch under way, and its seconds: that it waited for scans, and in all.
+    skipped
+        By row, why scans could not be read.
+    least
+        Scans that the network must see at a time, see `finetune.build.fewest_scans`.
     """
 
     network: ScanNetwork
@@ -76,6 +81,7 @@ class Training:
     starved: float = 0.0
     elapsed: float = 0.0
     skipped: dict[int, str] = field(default_factory=dict)
+    least: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +229,8 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
     ----------
     rows
         Of the step, of all processes: what their losses are divided by is known before any is computed, so that the
-        sum of the gradients over batches and processes is that of one large batch.
+        sum of the gradients over batches and processes is that of one large batch. Scans that cannot be read are
+        counted, too: who reads them finds that out later, and the result must not depend on the number of processes.
     """
     settings, group, device = training.settings, training.group, training.device
     torch.manual_seed(_seed_of(settings.seed, training.step, group.rank))
@@ -237,12 +244,14 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
         last = number + 1 == training.steps.accumulate
         with _without_exchange(training.wrapped, last):
             total += _backward(training, batch, divisors)
-    training.scaler.unscale_(training.optimiser)
     parameters = trained_parameters(training.network)
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if settings.clip is None else settings.clip)
-    training.scaler.step(training.optimiser)
-    training.scaler.update()
-    training.optimiser.zero_grad(set_to_none=True)
+    norm = torch.zeros((), device=device)
+    if any(parameter.grad is not None for parameter in parameters):  # else no scan of the step could be read
+        training.scaler.unscale_(training.optimiser)
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if settings.clip is None else settings.clip)
+        training.scaler.step(training.optimiser)
+        training.scaler.update()
+        training.optimiser.zero_grad(set_to_none=True)
     with warnings.catch_warnings():  # a scaler may have left the first step out
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         training.schedule.step()
@@ -253,6 +262,10 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
 def _backward(training: Training, batch: Batch, divisors: torch.Tensor) -> torch.Tensor:
     """Add the gradient of a batch; return its part of the loss of each target, (target,)."""
     device, network = training.device, training.network
+    read = read_scans(batch, training.least)
+    if read is None and training.group.size == 1 and not batch.valid.any():
+        return torch.zeros(len(divisors), device=device)
+    batch = batch if read is None else read  # or all, for each process must call the network, and with enough of them
     labels = torch.from_numpy(training.cohort.labels[batch.rows]).to(device, non_blocking=True)
     weights = torch.from_numpy(training.cohort.weights[batch.rows] * batch.valid[:, None]).to(device, non_blocking=True)
     with torch.autocast(device.type, training.dtype, enabled=training.dtype is not torch.float32):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,26 +31,32 @@ from finetuning import (
     thin_networks,  # noqa: F401
     tiny_settings,
 )
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from extract.distributed import Group
 from extract.errors import WeightsUnavailableError
 from extract.models import parameter_shapes
 from extract.probing.results import TargetResult
-from finetune.build import build_network, find_weights
+from finetune.batch_norm import update_statistics
+from finetune.build import build_network, build_training, check_scale, find_weights, without_effect
 from finetune.checkpoints import BEST, LAST, load_run
 from finetune.cohort import read_cohort
 from finetune.errors import NonFiniteLossError
 from finetune.evaluate import predict_rows, score_head
 from finetune.heads import Head
+from finetune.predictions import truth_of
+from finetune.printing import epoch_lines
 from finetune.results import RunResult, read_result
-from finetune.run import finetune
+from finetune.run import Progress, finetune
 from finetune.settings import make_settings, read_settings
 from finetune.split import PARTS
+from finetune.training import Training, _backward, _one_step
 from ingest.errors import StoreBusyError, StoreError
 from ingest.lock import store_lock
 from ingest.shard import shard_path
 from ingest.store import open_store, write_phenotypes
-from loaders import open_loader
+from loaders import Batch, open_loader
 from loaders.errors import ShardError
 from loaders.order import epoch_order
 
@@ -162,6 +171,13 @@ def test_a_result_is_read_again_as_it_was(finished):
 def test_predictions_are_those_of_the_best_weights(finished, store, table):
     run = load_run(finished.run_dir)
     assert run.attrs["epoch"] == finished.best_epoch
+    resolved = run.attrs["resolved"]
+    assert resolved == finished.resolved
+    ranges = resolved.pop("augmentation")
+    assert (ranges["rotation_deg"], ranges["translation_mm"], ranges["flip"]) == (10, 5, 0)
+    assert resolved == {
+        "weights": "scratch", "view": "axial", "precision": "float32", "device": "cpu", "micro_batch": 4, "processes": 1
+    }  # fmt: skip
     assert run.settings == make_settings(read_settings(finished.run_dir / "settings.yaml"))
     predictions = pd.read_parquet(finished.run_dir / "predictions.parquet")
     assert (predictions["part"].value_counts() == pd.Series(finished.scans)[["validation", "test"]]).all()
@@ -169,13 +185,16 @@ def test_predictions_are_those_of_the_best_weights(finished, store, table):
     for head, place in zip(run.heads, run.network.head_slices, strict=True):
         predicted = head.predict(outputs.values[:, place])
         truth = table[head.name].to_numpy()[predictions["row"]]
-        written = predictions[f"true {head.name}"].to_numpy()
-        np.testing.assert_array_equal(written, truth)
+        np.testing.assert_array_equal(truth_of(predictions, head), truth)
         if head.labels:
             written = predictions[[f"{head.name}={label}" for label in head.labels]].to_numpy()
         else:
             written = predictions[head.name].to_numpy()
         np.testing.assert_allclose(written, predicted, rtol=1e-5, atol=1e-5)
+    codes = table["sex"].to_numpy()[predictions["row"]]
+    assert predictions["true sex"].fillna("").tolist() == [{0: "female", 1: "male"}.get(code, "") for code in codes]
+    earlier = predictions.assign(**{"true sex": codes})
+    np.testing.assert_array_equal(truth_of(earlier, run.heads[0]), codes)
     part = predictions["part"] == "test"
     people = predictions["participant"][part].to_numpy()
     age = score_head(
@@ -251,7 +270,7 @@ def test_without_parts_to_validate_and_test_the_last_weights_are_kept(store, tmp
     assert call_command(monkeypatch, store, tmp_path / "r", "--threads", 2) == 0, "nothing else was asked for"
     assert "0 for test" in capsys.readouterr().out
     assert call_command(monkeypatch, store, tmp_path / "r", "--threads", 2, "--epochs", 3) == 1
-    assert "r was begun with target ('sex',), not ()" in capsys.readouterr().err
+    assert "r was begun with epochs 2, not 3" in capsys.readouterr().err
     assert (result.best_epoch, result.people) == (2, {"train": PEOPLE, "validation": 0, "test": 0})
     assert [one.status for one in result.test + result.validation] == ["skipped"] * 2
     assert all("validation_loss" not in row for row in result.history)
@@ -484,6 +503,108 @@ def test_one_process_at_a_time(store, tmp_path, monkeypatch, capsys):
         assert call_command(monkeypatch, store, tmp_path / "r", "--target", "sex") == 1
         assert "is being written by process" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def prepared(store: Path, **changes: Any) -> Training:
+    """Return what is trained, without training it."""
+    settings, volumes = tiny_settings(**changes), open_store(store)
+    cohort = read_cohort(volumes, settings)
+    network = build_network(settings, cohort.heads, find_weights(settings))
+    check_scale(network.seen, volumes.grid.shape_zyx)
+    training = build_training(volumes, settings, cohort, network, Group())
+    training.loader.close()
+    return training
+
+
+def test_scans_that_cannot_be_read_are_seen_by_nothing(store):
+    training = prepared(store, dropout=0, slices=2)
+    rows = training.cohort.rows_of("train")[:4]
+    images = torch.randint(0, 256, (4, 2, 24, 24), dtype=torch.uint8)
+    divisors = torch.ones(1)
+
+    def gradients(images: torch.Tensor, rows: np.ndarray, valid: list[bool]) -> list[torch.Tensor]:
+        training.network.zero_grad()
+        _backward(training, Batch(images, rows, ["p"] * len(rows), np.array(valid)), divisors)
+        return [p.grad for p in training.network.parameters() if p.grad is not None]
+
+    expected = gradients(images[[0, 2]], rows[[0, 2]], [True, True])
+    images[[1, 3]] = 0
+    found = gradients(images, rows, [True, False, True, False])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    before = training.network.encoder.bn1.running_mean.clone()
+    assert gradients(images, rows, [False] * 4) == []
+    unread = Batch(images, rows, ["p"] * 4, np.zeros(4, bool))
+    done = _one_step(training, iter([unread] * 2), training.cohort.rows_of("train")[:8])
+    assert done.values.tolist() == [0, 0, 0]
+    assert torch.equal(training.network.encoder.bn1.running_mean, before)
+    whole, some = (
+        Batch(images[[0, 2]], rows[[0, 2]], ["p"] * 2, np.ones(2, bool)),
+        replace(unread, valid=rows != rows[1]),
+    )
+    some.valid[3] = False
+    kept = []
+    for batches in ([whole], [some, unread]):
+        update_statistics(training.network, batches)
+        kept.append(training.network.encoder.bn1.running_var.clone())
+    assert torch.equal(*kept)
+    training.group = SimpleNamespace(size=2)  # which waits for the other one's
+    assert all(not gradient.any() for gradient in gradients(images, rows, [False] * 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 1, "micro_batch": 1}, r"seen 1 at a time.*--batch-size.*--batch-norm frozen"),
+        ({"batch_size": 32, "micro_batch": 4, "train_people": 17, "where": "session == '2'"}, "the last ones 1, and"),
+        ({"scale": 0.0001}, r"scale is 0\.0001, which leaves 1 x 1 of 24 x 24 .* use --scale 0\.334 or more"),
+        ({"model": "r3d_18", "view": None, "pool": "attention"}, "pool attention does not go with r3d_18"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_so_is_told_before(store, changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepared(store, **changes)
+
+
+def test_small_batches_are_taken_where_batch_norms_have_enough_to_see(store):
+    for changes in ({"slices": 2}, {"batch_norm": "frozen"}, {"size": 40}):
+        assert prepared(store, batch_size=1, micro_batch=1, **changes).least == 1
+    assert prepared(store).least == 2
+    assert prepared(store, scale=0.334).least == 2
+
+
+def test_settings_without_effect_are_told():
+    classes, values = Head("sex", "binary", ("f", "m")), Head("age", "continuous")
+    found = without_effect(
+        tiny_settings(
+            model="r3d_18", view=None, class_weights="balanced", freeze_until="stem", batch_norm="frozen",
+        ),
+        [values],
+    )  # fmt: skip
+    words = ("slices is 1", "class_weights is balanced", "freeze_until is stem", "batch_norm is frozen")
+    assert [line.startswith(word) for line, word in zip(found, words, strict=True)] == [True] * 4
+    assert without_effect(tiny_settings(class_weights="balanced"), [values, classes]) == []
+
+
+def test_weights_that_are_none_are_named_as_here():
+    assert find_weights(tiny_settings(weights="random")).state_dict is None
+    with pytest.raises(ValueError, match="weights are scratch, but weights_dir is w; leave one of them out"):
+        find_weights(tiny_settings(weights="random", weights_dir="w"))
+    with pytest.raises(
+        WeightsUnavailableError, match=r"no weights 'none\.pt' for r3d_18: expected kinetics, scratch, or"
+    ):
+        find_weights(tiny_settings(weights="none.pt", model="r3d_18"))
+
+
+def test_a_line_tells_of_each_epoch_where_no_bar_can_be_shown():
+    told = io.StringIO()
+    tell = epoch_lines(Console(file=told, width=20))
+    done = Progress(6, 12, 1, 2, 0.61, {"loss": 0.7, "sex": 0.8}, 0, 0)
+    tell(done)
+    tell(replace(done, ended={"scans_per_second": 31.04}))
+    tell(replace(done, step=12, epoch=2, ended={"scans_per_second": 30.0}))
+    first, last = told.getvalue().splitlines()
+    assert first == "epoch 1/2, loss 0.610, validation loss 0.700, sex 0.800, 31.0 scans/s, 0:00:00 left"
+    assert last == "epoch 2/2, loss 0.610, validation loss 0.700, sex 0.800, 30.0 scans/s"
 
 
 def logged(folder: Path, tag: str) -> list[tuple[int, float]]:

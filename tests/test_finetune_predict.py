@@ -30,6 +30,7 @@ from extract.trained import other_store
 from extract.weights import load_weights
 from finetune.build import build_network, find_weights
 from finetune.checkpoints import LoadedRun, checkpoint_of, load_run, read_training, write_checkpoint
+from finetune.export import export_run
 from finetune.heads import Head
 from finetune.network import Input, ScanNetwork
 from finetune.predict import predict_to, without_idle_work
@@ -99,6 +100,18 @@ def test_predictions_of_the_people_tested_are_those_of_the_run(place, tmp_path):
     assert done.parts == found["part"].value_counts().to_dict()
     assert found.attrs["sha256"] == load_run(place / "multi").sha256
     assert found.attrs["simulated"] == {"run": False, "store": False}
+    assert not any("not finished" in warning for warning in done.warnings)
+
+
+def test_a_run_that_is_not_finished_is_told(place, tmp_path):
+    for name in ("best.pt", "settings.yaml"):
+        (tmp_path / name).write_bytes((place / "multi" / name).read_bytes())
+    for run in (tmp_path, tmp_path / "best.pt"):
+        done = predict_to(
+            tmp_path / "p.csv", place / "s.zarr", run, threads=1, where="participant == 'p01'", overwrite=True
+        )
+        assert done.warnings[0].startswith("this run is not finished: the weights are of epoch 1 of 1; finetune STORE")
+    assert export_run(tmp_path, tmp_path / "w.pt").warnings == (done.warnings[0],)
 
 
 def test_a_part_of_a_store_by_the_command(place, tmp_path, monkeypatch, capsys):

@@ -253,6 +253,35 @@ def test_a_checkpoint_of_another_store_is_refused(killing, tmp_path):
         finetune(str(tmp_path / "other.zarr"), tmp_path / "r", settings, report=False)
 
 
+@pytest.mark.usefixtures("thin_networks")
+def test_a_last_checkpoint_that_is_not_of_the_run_is_refused(killing, tmp_path):
+    _, store, alone = killing
+    settings = tiny_settings(**SETTINGS)
+    whole = torch.load(alone / LAST, weights_only=True)
+    attrs = {**whole["attrs"], "store": {**whole["attrs"]["store"]}}
+    run_dir = tmp_path / "r"
+    begin_folder(run_dir, settings, read_split(alone / "split.csv"), overwrite=False)
+
+    def refused(model: dict[str, Any], message: str, **content: Any) -> None:
+        write_checkpoint(run_dir / LAST, {**whole, "attrs": attrs, "training": {}, "model": model, **content})
+        with pytest.raises(StoreError, match=message):
+            finetune(str(store), run_dir, settings, report=False)
+
+    model = whole["model"]
+    refused(
+        {**model, "name": "resnet34"},
+        r"last\.pt is not of this run, but of a network with model resnet34, not resnet18",
+    )
+    refused({**model, "pool": "mean"}, r"with pool mean, not attention; .*--overwrite begins the run anew")
+    refused({**model, "input": {**model["input"], "view": "coronal"}}, "with view coronal, not axial")
+    refused({**model, "heads": model["heads"][:1]}, "it is not of sex, age")
+    refused(model, r"last\.pt is no complete checkpoint of this run: .*Missing key.*--overwrite", state_dict={})
+    refused(model, r"last\.pt is no complete checkpoint of this run: no 'optimiser'; --overwrite")
+    (run_dir / LAST).write_bytes((alone / LAST).read_bytes()[:2000])
+    with pytest.raises(StoreError, match=r"it is damaged, .*torch\.save; --overwrite begins the run anew$"):
+        finetune(str(store), run_dir, settings, report=False)
+
+
 def test_interrupted_it_leaves_nothing_running_and_goes_on(killing, tmp_path, monkeypatch, capsys):
     _, store, _ = killing
     long = {**SETTINGS, "checkpoint_every": 1, "epochs": 400, "patience": None}
@@ -302,7 +331,7 @@ def test_a_result_that_is_damaged_is_named(killing, tmp_path):
     for name in ("predictions.parquet", "results.json"):
         for f in alone.iterdir():
             (tmp_path / f.name).write_bytes(f.read_bytes() if f.name != name else f.read_bytes()[:40])
-        with pytest.raises(ValueError, match=r"is damaged: .*; run it again"):
+        with pytest.raises(ValueError, match=r"is damaged: .*; begin it anew with --overwrite"):
             read_result(tmp_path, heads)
         (tmp_path / name).unlink()
         with pytest.raises(ValueError, match=f"is no finished run: there is no {name}"):

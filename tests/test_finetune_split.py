@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.cohort import Cohort, read_cohort, strata_of_units
+from finetune.predictions import check_names
 from finetune.split import PARTS, Split, read_split, split_people, training_people, write_split
 from ingest.store import VolumeStore, open_store, write_phenotypes
 
@@ -164,7 +166,18 @@ def test_a_split_that_splits_groups_is_refused(store, tmp_path):
     with pytest.raises(ValueError, match=r"3 of the 3 groups by site are in several parts of .*s\.csv"):
         read_cohort(store, tiny_settings(split=str(tmp_path / "s.csv"), groups="site"))
     write_split(tmp_path / "t.csv", read_cohort(store, tiny_settings(groups="site")).split)
-    assert read_cohort(store, tiny_settings(split=str(tmp_path / "t.csv"), groups="site")).warnings == []
+    again = read_cohort(store, tiny_settings(split=str(tmp_path / "t.csv"), groups="site"))
+    assert again.warnings == ["nobody is in the validation part: the last epoch is kept, whether it is the best or not"]
+    assert read_cohort(store, tiny_settings(groups="site")).warnings == again.warnings
+    assert read_cohort(store, tiny_settings(groups="site", validation=0)).warnings == []
+
+
+def test_a_split_without_anybody_to_test_is_told(store, tmp_path):
+    part_of = read_cohort(store, tiny_settings()).split.part_of
+    write_split(tmp_path / "s.csv", Split({who: part.replace("test", "train") for who, part in part_of.items()}))
+    warning = "nobody is in the test part of the split: nothing will be scored; --test 0 if that is meant"
+    assert read_cohort(store, tiny_settings(split=str(tmp_path / "s.csv"))).warnings == [warning]
+    assert read_cohort(store, tiny_settings(split=str(tmp_path / "s.csv"), test=0)).warnings == []
 
 
 def test_a_split_of_other_people_is_refused(store, tmp_path):
@@ -232,6 +245,12 @@ def test_scans_without_any_label_are_no_part_of_it(store, table):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"groups": "sex"}, "nobody is in the test part: test is 0.2 of too few people, or groups .*--test 0 if that"),
+        ({"monitor": "score", "validation": 0}, "monitor is score, but nobody is in the validation part"),
+        (
+            {"monitor": "score", "validation": 0.03},
+            r"monitor is score, but the validation part has none \(sex: 1 scans .*or --monitor loss",
+        ),
         ({"target": ""}, "target is empty"),
         ({"target": "height"}, "no phenotype 'height'.*age, .*sex"),
         ({"task": {"age": "count"}}, "a task is given for 'age', which is not among the targets: sex"),
@@ -246,6 +265,15 @@ def test_scans_without_any_label_are_no_part_of_it(store, table):
 def test_a_cohort_that_cannot_be_is_named(store, changes, message):
     with pytest.raises(ValueError, match=message):
         read_cohort(store, tiny_settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [("row", "row"), ("part", "part"), ("session", "session"), ("true sex", "true sex")]
+)
+def test_names_of_targets_that_are_columns_of_predictions_are_refused(store, name, column):
+    targets = read_cohort(store, tiny_settings(target="sex,age")).targets
+    with pytest.raises(ValueError, match=rf"target '{name}' would make a column '{column}' .*rename"):
+        check_names(store, [targets[0], replace(targets[1], name=name)])
 
 
 def test_values_that_are_infinite_are_refused(tmp_path):
