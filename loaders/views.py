@@ -90,7 +90,9 @@ def plan_picture(
     else:
         positions = given.astype(np.int64).reshape(-1)
         if not len(positions) or positions.min() < 0 or positions.max() >= length:
-            raise ValueError(f"slices are {given.tolist()}, expected numbers from 0 to {length - 1} in the view {chosen}")
+            raise ValueError(
+                f"slices are {given.tolist()}, expected numbers from 0 to {length - 1} in the view {chosen}"
+            )
     height, width = (n for other, n in enumerate(shape_zyx) if other != axis)
     slabs = np.unique(positions // slab) if axis == 0 else all_slabs
     return Picture(chosen, positions, (len(positions), height, width), slabs)

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calling import call
 from conftest import mni_brain, write_nifti
 from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.models.video import R3D_18_Weights, r3d_18
 
 from extract import Embeddings, build_encoder, extract, open_embeddings
+from extract.cli import main
 from extract.weights import WeightsUnavailableError, load_weights
 from ingest import IngestSettings, ingest, open_store
 from ingest.grid import FSL_MNI152_AFFINE
@@ -228,10 +230,10 @@ def test_command_line(store, tmp_path):
     assert summary["time"]["compute"] > 0
     assert summary["time"]["compute"] + summary["time"]["wait"] + summary["time"]["write"] <= summary["seconds"]
     assert 0 < summary["busy_share"] <= 1
-    done = run(*arguments)
+    done = call(main, *arguments)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["embedded"] == 0
-    done = run(*arguments[:-1], "--overwrite", "--precision", "bfloat16", "--batch-size", "2", "--device", "cpu")
+    done = call(main, *arguments[:-1], "--overwrite", "--precision", "bfloat16", "--batch-size", "2", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "scans/s), bfloat16" in done.stdout
     assert re.search(r"^network busy \d+% of the time, waiting for scans \d+%", done.stdout, flags=re.MULTILINE)

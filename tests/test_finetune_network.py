@@ -392,7 +392,8 @@ def test_attention_is_a_weighted_mean_of_slices_in_any_order():
     torch.testing.assert_close(attention(slices[:, [3, 1, 4, 0, 2]]), pooled)
     torch.testing.assert_close(attention(slices[:, :1]), slices[:, 0])
     assert make_network(pool="attention").attention is not None
-    assert build_network(solid(pool="attention"), [SEX], NO_WEIGHTS).attention is None, "there are no slices"
+    with pytest.raises(ValueError, match="pool attention does not go with r3d_18, which sees no slices"):
+        build_network(solid(pool="attention"), [SEX], NO_WEIGHTS)
 
 
 @pytest.mark.parametrize("changes", [{}, {"crop": "2,20,18", "scale": 0.5}, {"size": "10,30"}])

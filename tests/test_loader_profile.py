@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from small_store import make_store
 
 from loaders import open_loader
+from loaders.cli import main
 from loaders.profile import Stage, judge, profile_store
 from loaders.timing import Timing
 
@@ -123,19 +125,25 @@ def loaders(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(script), *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
-def test_command(store, tmp_path):
+def test_command(store, tmp_path, monkeypatch, capsys):
+    def error_of(path: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["loaders", "profile", str(path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        return capsys.readouterr().err
+
     done = loaders("profile", store, "--scans", 8, "--batch-size", 3, "--backend", "torch")
     assert done.returncode == 0, done.stderr
     for words in ("scans/s", "limit of each stage", "read again", "is the slowest stage", "the consumer waited"):
         assert words in done.stdout
     done = loaders("profile", store, "--scans", 8, "--json")
     assert json.loads(done.stdout)["settings"]["scans"] == 8
-    done = loaders("profile", tmp_path / "nothing.zarr")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: no store at")
-    assert len(done.stderr.splitlines()) == 1
+    error = error_of(tmp_path / "nothing.zarr")
+    assert error.startswith("error: no store at")
+    assert len(error.splitlines()) == 1
     make_store(tmp_path / "empty.zarr", 2, bad=(0, 1))
-    assert "holds no volume with status ok" in loaders("profile", tmp_path / "empty.zarr").stderr
+    assert "holds no volume with status ok" in error_of(tmp_path / "empty.zarr")
 
 
 class Event:

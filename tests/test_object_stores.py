@@ -17,11 +17,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import zarr
+from calling import call
 from conftest import ellipsoid, write_nifti
 from nifti_cases import nifti_pair
 from s3_server import Fault, FaultyProxy, S3Server, s3_server, use
 
 from ingest import IngestSettings, ingest, lease, open_store, places, remote_tables
+from ingest.cli import main
 from ingest.errors import StoreError
 from ingest.inspection import summarise_store
 from ingest.lock import store_lock
@@ -396,11 +398,11 @@ def test_workers_in_other_processes(server, bucket, folder, local):
 
 def test_what_cannot_be_used_is_said_in_one_line(bucket, folder, monkeypatch):
     def error_of(source: str | Path, out: str) -> str:
-        process = ingest_process(source, out)
-        output = process.communicate(timeout=120)[1]
-        assert process.returncode in (1, 2)
-        assert "Traceback" not in output
-        return output
+        places._client.cache_clear()
+        done = call(main, source, out)
+        assert done.returncode in (1, 2)
+        assert "Traceback" not in done.stderr
+        return done.stderr
 
     assert "there is no bucket nobody-made-this" in error_of(folder, "s3://nobody-made-this/out.zarr")
     assert "no folder s3://" in error_of(f"s3://{bucket}/empty", f"s3://{bucket}/out.zarr")

@@ -62,8 +62,8 @@ def test_simulate_ingest_extract_probe_elsewhere(elsewhere, tmp_path):
     run(elsewhere / "ingest", "simulate", "c", "--participants", 24, "--seed", 1, cwd=tmp_path)
     run(elsewhere / "ingest", "c", "s.zarr", "--phenotypes", "c/phenotypes.csv", cwd=tmp_path)
     run(elsewhere / "ingest", "report", "s.zarr", "qc.html", cwd=tmp_path)  # its template is in the wheel
-    run(elsewhere / "extract", "s.zarr", "e.h5", "--weights", "random", "--view", "axial", cwd=tmp_path)
-    probe = (elsewhere / "probe", "e.h5", "--targets", "sex,age", "--folds", 3, "--repeats", 1, "--json")
+    run(elsewhere / "extract", "s.zarr", "e.h5", "--weights", "random", "--view", "axial", "--slices", 1, cwd=tmp_path)
+    probe = (elsewhere / "probe", "e.h5", "--targets", "sex,age", "--folds", 2, "--repeats", 1, "--json")
     found = json.loads(run(*probe, "--report", "r.html", cwd=tmp_path))
     assert {target["name"]: target["status"] for target in found["targets"]} == {"sex": "ok", "age": "ok"}
     page = (tmp_path / "r.html").read_text()

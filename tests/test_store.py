@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import xarray
 import zarr
+from calling import call
 from conftest import ellipsoid, mni_brain, write_nifti, write_ukb_zip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from hypothesis.extra.numpy import arrays
 from reference import mni_picture, native_picture
 
 from ingest import IngestSettings, ingest, open_store
+from ingest.cli import main
 from ingest.decode import decode_shard, decode_shard_slowly
 from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE
@@ -360,22 +362,22 @@ def test_command_line(ukb, tmp_path):
     assert summary["status"]["ok"] == 3
     assert summary["volumes_per_second"] > 0
 
-    done = run("inspect", out, "--json")
+    done = call(main, "inspect", out, "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["phenotypes"] == {"sex": {"missing": 0}, "age": {"missing": 1}}
-    text = run("inspect", out).stdout
+    text = call(main, "inspect", out).stdout
     assert "160 x 192 x 160" in text
     assert "MNI152" in text
 
-    done = run(ukb, out)
+    done = call(main, ukb, out)
     assert done.returncode == 1  # the bad files are still bad
     assert "11 scans" in done.stdout
     assert "0 new, 0 changed, 0 tried again" in done.stdout
-    done = run(ukb, out, "--slab", 8)
+    done = call(main, ukb, out, "--slab", 8)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "--overwrite" in done.stderr
-    done = run(tmp_path / "nowhere", tmp_path / "b.zarr")
+    done = call(main, tmp_path / "nowhere", tmp_path / "b.zarr")
     assert done.returncode == 1
     assert "no folder" in done.stderr
     assert "Traceback" not in done.stderr
@@ -385,6 +387,6 @@ def test_expected_absences_leave_exit_code_0(ukb, tmp_path):
     for name in ("9000001_20252_2_0.zip", "9100003_20252_2_0.zip", "9100004_20252_2_0.zip"):
         (tmp_path / "src").mkdir(exist_ok=True)
         (tmp_path / "src" / name).symlink_to(next(ukb.rglob(name)))
-    done = run(tmp_path / "src", tmp_path / "out.zarr")
+    done = call(main, tmp_path / "src", tmp_path / "out.zarr")
     assert done.returncode == 0, done.stderr
     assert "1 missing_member, 1 ok, 1 unusable" in done.stdout

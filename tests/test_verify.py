@@ -14,11 +14,13 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from calling import call
 from conftest import mni_brain, write_nifti, write_ukb_zip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ingest import IngestSettings, ingest, open_store
+from ingest.cli import main
 from ingest.errors import SourceError, StoreError
 from ingest.grid import FSL_MNI152_AFFINE
 from ingest.lock import store_lock
@@ -374,11 +376,11 @@ def test_command_line(store, made, tmp_path):
     assert "0 findings" in done.stdout
 
     shard(store, 1).unlink()
-    done = run(store)
+    done = call(main, "verify", store)
     assert done.returncode == 1
     assert "shard_missing" in done.stdout
     assert "9000002" in done.stdout
-    done = run(store, "--json", "--workers", 2)
+    done = call(main, "verify", store, "--json", "--workers", 2)
     assert done.returncode == 1
     summary = json.loads(done.stdout)
     assert (summary["scans"], summary["checked"], summary["repaired"]) == (3, 2, 0)
@@ -393,13 +395,13 @@ def test_command_line(store, made, tmp_path):
         "source": f"{ZIPS[1]}/{MEMBER}",
         "kind": "shard_missing",
     }
-    done = run(store, "--against", made[0], "--repair", "--json")
+    done = call(main, "verify", store, "--against", made[0], "--repair", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["repaired"] == 1
 
-    done = run(store, "--repair")
+    done = call(main, "verify", store, "--repair")
     assert done.returncode == 2
     assert "--against" in done.stderr
-    done = run(tmp_path / "absent.zarr")
+    done = call(main, "verify", tmp_path / "absent.zarr")
     assert done.returncode == 1
     assert done.stderr.startswith("error: no store")
