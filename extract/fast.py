@@ -56,6 +56,25 @@ def exact_float32() -> Iterator[None]:
         yield
 
 
+def to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Have a GPU copy what it computes to the host as soon as it is there, before anything else that it is told to do.
+
+    Returns
+    -------
+    values : torch.Tensor
+        On the CPU.
+    there : torch.cuda.Event or None
+        Has happened when they have arrived: to wait for it is to wait for no more than them. None if they are there.
+    """
+    if not values.is_cuda:
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(values.device))
+    return host, there
+
+
 def memory_for(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Keep what a network frees for its next batch: on a CPU by `ingest.memory.kept_memory`, on a GPU torch does."""
     return kept_memory() if device.type == "cpu" else contextlib.nullcontext()

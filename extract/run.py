@@ -14,7 +14,7 @@ import torch
 
 from extract.embeddings import SCAN_COLUMNS, Embeddings
 from extract.encoder import Encoder, describe
-from extract.fast import choose_batch_size, memory_for
+from extract.fast import choose_batch_size, memory_for, to_host
 from extract.timing import ComputeClock, Timing
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, package_versions
@@ -145,7 +145,7 @@ def encode(
             with clock.running():
                 features = encoder(images, cut=bool(slices))[: len(batch.rows)]
             reasons = {row: loader.skipped[row] for row in batch.rows[~batch.valid].tolist()}
-            started = _start_fetching(batch.rows, features, reasons)
+            started = _Batch(batch.rows, *to_host(features), reasons)
             if waiting:  # a GPU is at work on this batch while the one before is written
                 yield _finish(waiting, encoder, timing, skip=on_error == "skip")
             waiting = started
@@ -163,19 +163,8 @@ class _Batch:
 
     rows: np.ndarray
     features: torch.Tensor
-    skipped: dict[int, str]
     fetched: torch.cuda.Event | None
-
-
-def _start_fetching(rows: np.ndarray, features: torch.Tensor, skipped: dict[int, str]) -> _Batch:
-    """Have a GPU copy features to the host as soon as it has them, before anything else that it is told to do."""
-    if not features.is_cuda:
-        return _Batch(rows, features, skipped, None)
-    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
-    host.copy_(features, non_blocking=True)
-    fetched = torch.cuda.Event()
-    fetched.record(torch.cuda.current_stream(features.device))
-    return _Batch(rows, host, skipped, fetched)
+    skipped: dict[int, str]
 
 
 def _finish(batch: _Batch, encoder: Encoder, timing: Timing, *, skip: bool) -> Encoded:

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from extract.distributed import Group
+from extract.fast import to_host
 from finetune.batch_norm import read_scans
 from finetune.cohort import Cohort
 from finetune.errors import NonFiniteLossError
@@ -203,17 +204,6 @@ class _Pending:
     rows: np.ndarray
 
 
-def _pending(step: int, values: torch.Tensor, rows: np.ndarray) -> _Pending:
-    """Send what is to be known of a step to the CPU; nobody waits for a GPU here, nor later for more than this step."""
-    if not values.is_cuda:
-        return _Pending(step, values, None, rows)
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record(torch.cuda.current_stream(values.device))
-    return _Pending(step, host, there, rows)
-
-
 def _order(training: Training) -> np.ndarray:
     sampling = training.loader.sampling
     return epoch_order(
@@ -256,7 +246,8 @@ def _one_step(training: Training, batches: Iterator[Batch], rows: np.ndarray) ->
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         training.schedule.step()
     training.seen += len(rows)
-    return _pending(training.step + 1, torch.cat([total.sum()[None], norm[None].to(total), total]), rows)
+    values, there = to_host(torch.cat([total.sum()[None], norm[None].to(total), total]))
+    return _Pending(training.step + 1, values, there, rows)
 
 
 def _backward(training: Training, batch: Batch, divisors: torch.Tensor) -> torch.Tensor:
