@@ -85,7 +85,7 @@ def extract_command(
     directory: Directory = DIRECTORY / "loaders",
     json_file: JsonFile = None,
 ) -> None:
-    """Embed scans: a plain loop, plain torchvision, our networks fed from memory, and extract; 4 minutes."""
+    """Embed scans: a plain loop, plain torchvision, our networks fed from memory, and extract; 7 minutes."""
     from benchmarks.extract import run_extract
 
     report = run_extract(

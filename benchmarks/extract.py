@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -36,7 +35,7 @@ from benchmarks.arithmetic import arithmetic_speed
 from benchmarks.loader_peers import MONAI, Source, open_peer
 from benchmarks.loaders import prepare
 from benchmarks.made import DIFFERENT, SHAPE, make_files, make_store, make_volumes
-from benchmarks.results import Report, Result
+from benchmarks.results import Report, Result, failure
 from extract import Encoder, build_encoder, extract
 from extract.fast import memory_for
 from ingest.store import VolumeStore, open_store, package_versions
@@ -130,7 +129,11 @@ def run_extract(
     for case in cases:
         turns = repeats if case.model == "resnet18" else max(1, (repeats + 1) // 2)
         unit, per = ("scans/s", 1) if case.model == "resnet18" else ("scans/min", 60)
-        measured = _measure(case, source, turns, device)
+        try:
+            measured = _measure(case, source, turns, device)
+        except Exception as error:  # ours could not begin, or a process has died
+            settings["failures"][case.model] = failure(error)
+            continue
         settings["failures"] |= measured.failures
         settings["batch_size"] |= {f"{case.model}, {name}": size for name, size in measured.batch_sizes.items()}
         settings["gflops_per_scan"][case.model] = round(measured.operations / 1e9, 2)
@@ -199,8 +202,8 @@ def _measure(case: Case, source: Source, turns: int, device: str) -> _Measured:
                 expected = features if expected is None else expected
                 rounded = device != "cpu" or name in (HALF, LOOP)
                 check_features(f"{case.model}, {name}", features, expected, 0.05 if rounded else 1e-4)
-            except Exception as error:  # a GPU may be there for minutes, and what does work is worth having
-                failures[f"{case.model}, {name}"] = f"{error!r}\n{traceback.format_exc(limit=-3)}"
+            except Exception as error:
+                failures[f"{case.model}, {name}"] = failure(error)
                 del ways[name]
         for _ in range(turns):
             for name, pool in ways.items():
@@ -297,18 +300,19 @@ def plain_torchvision(encoder: Encoder) -> Callable[[torch.Tensor], torch.Tensor
     network = encoder.network.to(memory_format=torch.contiguous_format)
     mean, std = (torch.tensor(v, device=encoder.device) for v in (encoder.weights.mean, encoder.weights.std))
 
+    def shrunk(x: torch.Tensor) -> torch.Tensor:
+        return x if encoder.scale == 1 else nn.functional.interpolate(x, scale_factor=encoder.scale, mode="area")
+
     @torch.inference_mode()
     def encode(images: torch.Tensor) -> torch.Tensor:
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         if encoder.view is View.volume:
-            x = images[:, None]
-            if encoder.scale != 1:
-                x = nn.functional.interpolate(x, scale_factor=encoder.scale, mode="area")
+            x = shrunk(images[:, None])
             volumes: torch.Tensor = network((x - mean.view(3, 1, 1, 1)) / std.view(3, 1, 1, 1))
             return volumes
         features = []
         for group in slices_of(images, encoder.view, encoder.slices):
-            x = group.flatten(0, 1)[:, None]
+            x = shrunk(group.flatten(0, 1)[:, None])
             found = network((x - mean.view(3, 1, 1)) / std.view(3, 1, 1))
             features.append(found.unflatten(0, group.shape[:2]))
         return torch.cat(features, dim=1).mean(dim=1)

@@ -20,7 +20,6 @@ import copy
 import os
 import shutil
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arithmetic import arithmetic_speed
 from benchmarks.made import DIFFERENT, SHAPE, make_store, make_volumes
-from benchmarks.results import Report, Result
+from benchmarks.results import Report, Result, failure
 from extract.distributed import Group
 from extract.fast import memory_for
 from finetune.build import build_network, build_training, find_weights, make_augmentation
@@ -152,8 +151,8 @@ def run_finetune(
         for how in (PLAIN, AUGMENTED):
             try:
                 found, flops = measure(case, store, device, how == AUGMENTED, settings)
-            except Exception as error:  # a GPU may be there for minutes, and what does work is worth having
-                settings["failures"][f"{case.name}{how}"] = f"{error!r}\n{traceback.format_exc(limit=-3)}"
+            except Exception as error:
+                settings["failures"][f"{case.name}{how}"] = failure(error)
                 continue
             settings["gflops_per_scan"][case.name] = round(flops / 1e9, 2)
             for way, measured in found.items():

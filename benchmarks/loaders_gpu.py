@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.made import DIFFERENT, SHAPE, make_store, make_volumes
-from benchmarks.results import Report, Result
+from benchmarks.results import Report, Result, failure
 from ingest.decode import COMPILED
 from ingest.store import package_versions
 from loaders import Batch, VolumeReader, open_loader
@@ -105,7 +104,7 @@ def run_loaders_gpu(
         try:
             yield name
         except Exception as error:
-            failures[name] = f"{error!r}\n{traceback.format_exc(limit=-3)}"
+            failures[name] = failure(error)
         if on_report is not None:
             on_report(report())
 

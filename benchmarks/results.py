@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ class Report:
             "results": results,
             "ratios": self.ratios,
         }
+
+
+def failure(error: Exception) -> str:
+    """Return what is kept of an error that is being handled: a GPU may be there for minutes, and the rest goes on."""
+    return f"{error!r}\n{traceback.format_exc(limit=-3)}"
 
 
 def machine() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,35 @@ def test_loaders_gpu_does_not_measure_a_loader_of_other_pixels(tmp_path, monkeyp
     assert "OtherPixelsError" in report.settings["failures"]["inflated there, slabs of 4"]
     assert "inflated there, slabs of 4" not in {result.name for result in report.results}
     assert "limit: copy of voxels" in {result.name for result in report.results}
+
+
+class Here(Executor):
+    """Does in this process what is to be done in another one, which would import torch for seconds."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def submit(self, work: Any, /, *arguments: Any, **options: Any) -> Future:
+        done: Future = Future()
+        done.set_result(work(*arguments, **options))
+        return done
+
+
+def test_extract_over_scans_that_are_made_up(tmp_path, monkeypatch):
+    from benchmarks import extract
+
+    monkeypatch.setattr(extract, "prepare", lambda folder, _: extract.make_data(folder, 2))  # as for a GPU
+    monkeypatch.setattr(extract, "ProcessPoolExecutor", Here)
+    case = extract.Case("resnet18", 0.25, 1, 1, 1, 2)
+    report = extract.run_extract(tmp_path, repeats=1, cases=[case])
+    ways = {extract.PLAIN, extract.TUNED, extract.CHANNELS_LAST, extract.LOOP, extract.OURS, extract.EXTRACT}
+    assert report.settings["failures"] == {}
+    assert {f"resnet18, {way}" for way in ways} <= {result.name for result in report.results}
+    assert {"resnet18: extract/fed from memory", f"resnet18: extract/{extract.LOOP}"} <= set(report.ratios)
+
+    monkeypatch.setattr(extract, "_measure", lambda *_: [][0])
+    report = extract.run_extract(tmp_path, cases=[case])
+    assert "IndexError" in report.settings["failures"]["resnet18"], "and the report is there"
 
 
 def test_probe(tmp_path):
