@@ -100,6 +100,16 @@ def without_effect(settings: FinetuneSettings, heads: Sequence[Head]) -> list[st
     return found
 
 
+def check_settings(settings: FinetuneSettings, heads: Sequence[Head], store: VolumeStore) -> None:
+    """Raise ValueError if settings do not go together, or with the volumes of a store, without any weights at hand."""
+    network = build_network(settings, heads, load_weights(settings.model, "random"))
+    check_volumes(network, store.grid.shape_zyx)
+    check_scale(network.seen, store.grid.shape_zyx)
+    network.freeze(settings.freeze_until, batch_norm=settings.batch_norm == "frozen")
+    make_augmentation(settings, store.attrs["grid"]["space"])
+    choose_precision(settings.precision, choose_device(settings.device))
+
+
 def check_volumes(network: ScanNetwork, shape_zyx: tuple[int, int, int]) -> None:
     """Raise ValueError if a network does not take stored volumes of a shape."""
     for _, _, size in _pictures(network.seen, shape_zyx):

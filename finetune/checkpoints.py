@@ -20,6 +20,7 @@ from extract.checkpoints import LAST as LAST
 from extract.errors import WeightsUnavailableError
 from extract.probing.writing import write_whole
 from extract.weights import Weights
+from finetune.errors import ANEW
 from finetune.heads import Head
 from finetune.network import Input, ScanNetwork
 from finetune.settings import FinetuneSettings, make_settings
@@ -27,7 +28,6 @@ from ingest.errors import StoreError
 from loaders.views import View
 
 VERSION = 1
-ANEW = "--overwrite begins the run anew"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+#: What helps against a folder that no run can go on in.
+ANEW = "--overwrite begins the run anew"
+
 
 class NonFiniteLossError(RuntimeError):
     """A loss, a gradient or a prediction is not finite: what it was of, and what helps."""

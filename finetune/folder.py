@@ -7,6 +7,7 @@ from pathlib import Path
 
 from extract.probing.writing import write_whole
 from finetune.checkpoints import BEST, LAST, read_last, write_checkpoint
+from finetune.errors import ANEW
 from finetune.logs import TENSORBOARD
 from finetune.results import EPOCHS, PREDICTIONS, REPORT, RESULTS, SETTINGS, SPLIT
 from finetune.settings import FinetuneSettings, make_settings, read_settings
@@ -40,8 +41,8 @@ def check_folder(run_dir: Path, settings: FinetuneSettings, *, overwrite: bool) 
         same = value == was or (name == "split" and _same_split(run_dir, value))
         if not same and name not in FREE and not overwrite:
             raise ValueError(
-                f"{run_dir} was begun with {name} {was!r}, not {value!r}; use the same settings to go on, another "
-                "folder, or --overwrite to begin anew"
+                f"{run_dir} was begun with {name} {was!r}, not {value!r}; use the same settings to go on, or another "
+                f"folder; {ANEW}"
             )
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from extract.probing.results import Interval, OutOfFold, TargetResult
 from extract.probing.writing import write_whole
+from finetune.errors import ANEW
 from finetune.heads import Head
 from finetune.predictions import predicted_of, truth_of
 
@@ -121,7 +122,7 @@ def read_result(run_dir: Path, heads: list[Head]) -> RunResult:
         raise ValueError(f"{run_dir} is no finished run: there is no {missing}") from None
     except (KeyError, TypeError, ValueError, OSError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise ValueError(f"{run_dir} is damaged: {reason}; begin it anew with --overwrite") from None
+        raise ValueError(f"{run_dir} is damaged: {reason}; {ANEW}") from None
 
 
 def _read_target(document: Mapping[str, Any], table: pd.DataFrame, head: Head) -> TargetResult:

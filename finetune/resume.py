@@ -10,7 +10,8 @@ from typing import Any
 from extract.errors import WeightsUnavailableError
 from extract.weights import Weights, about_store
 from finetune.build import find_weights
-from finetune.checkpoints import ANEW, LoadedRun, broken, load_run, model_of, read_last, weights_of_last
+from finetune.checkpoints import LoadedRun, broken, load_run, model_of, read_last, weights_of_last
+from finetune.errors import ANEW
 from finetune.results import RESULTS
 from finetune.settings import FinetuneSettings
 from finetune.training import Training
@@ -56,7 +57,7 @@ def go_on(training: Training, path: Path, volumes: VolumeStore) -> None:
     """
     content = read_last(path)
     if "training" not in content:
-        raise StoreError(f"{path} is of a run that is finished, but {RESULTS} is not there; --overwrite begins anew")
+        raise StoreError(f"{path} is of a run that is finished, but {RESULTS} is not there; {ANEW}")
     check_store(path.parent, content["attrs"], volumes)
     _check_model(training, path, content["model"])
     try:
@@ -70,7 +71,7 @@ def go_on(training: Training, path: Path, volumes: VolumeStore) -> None:
 def check_store(run_dir: Path, attrs: Mapping[str, Any], volumes: VolumeStore) -> None:
     """Raise StoreError if a run was begun with another store."""
     if attrs["store"]["id"] != volumes.attrs["store_id"]:
-        raise StoreError(f"{run_dir} was begun with another store; give that one, or --overwrite to begin anew")
+        raise StoreError(f"{run_dir} was begun with another store; give that one; {ANEW}")
 
 
 def _check_model(training: Training, path: Path, before: Mapping[str, Any]) -> None:
@@ -90,7 +91,7 @@ def _check_model(training: Training, path: Path, before: Mapping[str, Any]) -> N
         if head.to_json() != had:
             raise StoreError(
                 f"{path.parent} was begun with other values of {head.name}, which have changed in the store since; "
-                "--overwrite begins anew"
+                f"{ANEW}"
             )
 
 

@@ -19,11 +19,12 @@ from finetune.curves.charts import curve_png, curve_svg
 from finetune.curves.intervals import Scores, estimate, people_needed, read_off
 from finetune.curves.planning import Plan
 from finetune.curves.power import hanley_mcneil_error, smallest_auc, smallest_correlation, smallest_score
-from finetune.curves.printing import print_curve
+from finetune.curves.printing import cell_lines, print_curve
 from finetune.curves.results import CurveResult
 from finetune.curves.scores import target_curves
 from finetune.curves.settings import choose_methods, choose_sizes, from_scratch, make_curve_settings
 from finetune.curves.words import describe_state, describe_target, ends, signed
+from finetune.curves.work import CurveProgress
 from finetune.evaluate import score_head
 from finetune.heads import Head
 from finetune.settings import FinetuneSettings
@@ -310,6 +311,20 @@ def test_a_command_whose_cells_are_at_others_has_not_failed(monkeypatch, capsys,
         monkeypatch.setattr("finetune.curves.running.run_curve", lambda *_, found=found, **__: found)
         assert call_command(monkeypatch, "curve", "s.zarr", tmp_path, "--target", "sex") == code
         assert "1 of 15 cells not done" in capsys.readouterr().out
+
+
+def test_a_line_tells_of_each_cell_where_no_bar_can_be_shown():
+    cells = make_cells({"transfer": (1, 2, 3)})
+    failed = CellResult(cells[1].cell, "failed", "step 3: the loss of sex is nan")
+    told = io.StringIO()
+    tell = cell_lines(Console(file=told, width=20))
+    done = replace(cells[0], targets=(replace(cells[0].targets[0], name="sex", metric="auc", scores={"auc": 0.81}),))
+    tell(CurveProgress(0, 2, done.cell))
+    tell(CurveProgress(1, 2, done.cell, done))
+    tell(CurveProgress(2, 2, failed.cell, failed))
+    first, last = told.getvalue().splitlines()
+    assert first == "1/2 transfer, 25 people, seed 0: sex 0.810, 0:00:00 left"
+    assert last == "2/2 transfer, 50 people, seed 0: failed: step 3: the loss of sex is nan"
 
 
 def test_options_of_the_curve_in_a_file_are_named(monkeypatch, capsys, tmp_path):

@@ -318,6 +318,11 @@ def test_a_curve_that_is_refused_leaves_nothing_that_the_next_one_would_use(stor
     for refused, sizes, message in (
         ({"test": 0}, (10,), "nobody is in the test part"),
         ({}, (10, 400), "size 400 of the curve is more than the 30 people"),
+        ({"freeze_until": "layer9"}, (10,), "freeze_until is 'layer9', expected one of stem"),
+        ({"crop": (400, 8, 8)}, (10,), "crop"),
+        ({"size": None, "scale": 0.1}, (10,), "scale is 0.1, which leaves"),
+        ({"augmentation": {"rotate": 3.0}}, (10,), "augmentation 'rotate' is unknown"),
+        ({"device": "cuda:7"}, (10,), "device"),
     ):
         with pytest.raises(ValueError, match=message):
             make_plan(volumes, run_dir, settings.model_copy(update=refused), CurveSettings(sizes=sizes))

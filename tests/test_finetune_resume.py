@@ -219,7 +219,7 @@ def test_another_setting_is_refused_by_name(killing, tmp_path):
         finetune(str(store), tmp_path / "r", tiny_settings(**SETTINGS), report=False, on_progress=stop_after(1))
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     for name, value in CHANGED.items():
-        with pytest.raises(ValueError, match=rf"r was begun with {name} .*--overwrite to begin anew"):
+        with pytest.raises(ValueError, match=rf"r was begun with {name} .*--overwrite begins the run anew"):
             run_tiny(store, tmp_path / "r", **{**SETTINGS, name: value})
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
     known = set(type(tiny_settings()).model_fields)
@@ -331,7 +331,7 @@ def test_a_result_that_is_damaged_is_named(killing, tmp_path):
     for name in ("predictions.parquet", "results.json"):
         for f in alone.iterdir():
             (tmp_path / f.name).write_bytes(f.read_bytes() if f.name != name else f.read_bytes()[:40])
-        with pytest.raises(ValueError, match=r"is damaged: .*; begin it anew with --overwrite"):
+        with pytest.raises(ValueError, match=r"is damaged: .*; --overwrite begins the run anew"):
             read_result(tmp_path, heads)
         (tmp_path / name).unlink()
         with pytest.raises(ValueError, match=f"is no finished run: there is no {name}"):

@@ -53,12 +53,19 @@ def curve_command(
         },
         "the command",
     )  # fmt: skip
-    from finetune.curves.printing import print_curve
+    from finetune.curves.printing import cell_lines, print_curve
     from finetune.curves.running import run_curve
 
     with progress_bar("curve", errors) as bar:
         task = bar.add_task("curve", total=None)
-        result = run_curve(store, run_dir, settings, curve, on_progress=lambda progress: _show(bar, task, progress))
+        tell = None if errors.is_terminal or as_json else cell_lines(errors)
+
+        def show(progress: CurveProgress) -> None:
+            _show(bar, task, progress)
+            if tell is not None:
+                tell(progress)
+
+        result = run_curve(store, run_dir, settings, curve, on_progress=show)
     if as_json:
         print(json.dumps(result.to_json()))
     else:

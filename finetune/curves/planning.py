@@ -16,7 +16,7 @@ from extract.errors import WeightsUnavailableError
 from extract.models import family_of
 from extract.probing.writing import write_whole
 from extract.weights import about_store
-from finetune.build import find_weights
+from finetune.build import check_settings, find_weights
 from finetune.cohort import Cohort, read_cohort
 from finetune.curves.cells import Cell, held, list_cells
 from finetune.curves.settings import CurveSettings, choose_methods, choose_sizes, from_scratch
@@ -117,8 +117,8 @@ def make_plan(
     Raises
     ------
     ValueError
-        If settings do not go together, a size is larger than the training part, or the people tested have not every
-        class of a target.
+        If settings do not go together, or with the volumes, a size is larger than the training part, or the people
+        tested have not every class of a target.
     StoreError
         If the folder is of other settings or another store, or no curve.
     WeightsUnavailableError
@@ -136,6 +136,7 @@ def make_plan(
             _compare(before, store, settings, scratch_lr, run_dir)
         cohort = _read_people(store, run_dir, settings, begun=before is not None)
         _check_test(cohort)
+        check_settings(settings, cohort.heads, store)
         people = cohort.people()
         notes += [*_about_weights(store, settings, methods, before), *cohort.warnings]
         plan = Plan(

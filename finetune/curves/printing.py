@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -10,8 +14,30 @@ from rich.table import Table
 from finetune.curves.results import CurveResult
 from finetune.curves.tables import TITLES, CurveTable, Entry, curve_table
 from finetune.curves.words import METRICS, describe_state, describe_target
+from finetune.curves.work import CurveProgress
 
 _WIDE = 200  # columns
+
+
+def cell_lines(errors: Console) -> Callable[[CurveProgress], None]:
+    """Return what prints a line about each cell that has ended, for logs, where no bar can be shown."""
+    begun, ended = time.monotonic(), 0
+
+    def tell(progress: CurveProgress) -> None:
+        nonlocal ended
+        result = progress.result
+        if result is None:
+            return
+        ended += 1
+        if result.status == "ok":
+            what = ", ".join(f"{one.name} {one.scores[one.metric]:.3f}" for one in result.targets)
+        else:
+            what = f"{result.status}: {result.reason}"
+        left = (time.monotonic() - begun) / ended * (progress.total - progress.done)
+        until = f", {timedelta(seconds=round(left))} left" if progress.done < progress.total else ""
+        _line(errors, f"{progress.done}/{progress.total} {result.cell}: {what}{until}")
+
+    return tell
 
 
 def print_curve(result: CurveResult, console: Console | None = None) -> None:

@@ -21,6 +21,7 @@ from finetune.curves.cells import Cell, CellResult, TargetScores, claim, forget_
 from finetune.curves.frozen import embed_once, probe_cell
 from finetune.curves.planning import SPLIT, Plan
 from finetune.curves.settings import CurveSettings
+from finetune.errors import ANEW
 from finetune.run import Progress, finetune
 from ingest.errors import StoreBusyError
 from ingest.store import VolumeStore
@@ -28,9 +29,7 @@ from ingest.store import VolumeStore
 #: What messages of runs and extractions advise -> what there is to do in a curve.
 _ADVICE = {
     "Begin anew (--overwrite) with": "Begin another curve with",
-    "--overwrite begins anew": "--retry-failed begins anew",
-    "--overwrite begins the run anew": "--retry-failed begins it anew",
-    "--overwrite to begin anew": "--retry-failed to begin anew",
+    ANEW: "--retry-failed begins it anew",
     "add --overwrite to replace it, or choose another name": "remove it, and try again with --retry-failed",
 }
 
