@@ -24,7 +24,6 @@ LONG = (
     "benchmark_finetune",
     "finetune_resume",
     "finetune_distributed",
-    "finetune",
     "extract",
     "object_stores",
     "memory",

@@ -33,6 +33,9 @@ from ingest.store import create_store, grow_store, write_phenotypes, write_scans
 SHAPE = (4, 24, 24)  # z, y, x
 PEOPLE, SCANS = 40, 48  # the first eight people have two scans
 
+#: By phenotype, rows of `table` of which it is not known.
+MISSING = {"age": [1, 5, 40], "site": range(6, PEOPLE, 5), "sex": [2]}
+
 #: A run of a few small steps.
 TINY: dict[str, Any] = {
     "target": "sex", "weights": "scratch", "view": "axial", "slices": 1, "epochs": 2, "batch_size": 8,
@@ -92,6 +95,20 @@ def make_brains(path: Path, *, without: Mapping[str, Sequence[int]] | None = Non
         "coin": {"task": "binary"},
     })  # fmt: skip
     return table
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> pd.DataFrame:
+    """What is known of the scans of a store, whose place is ``attrs["path"]``."""
+    path = tmp_path_factory.mktemp("brains") / "s.zarr"
+    table = make_brains(path, without=MISSING)
+    table.attrs["path"] = path
+    return table
+
+
+@pytest.fixture(scope="module")
+def store(table) -> Path:
+    return table.attrs["path"]
 
 
 class Server(extracting.Server):
@@ -164,6 +181,10 @@ def gradients_of(run_dir: Path) -> list[torch.Tensor]:
     """Return the averages of gradients in the last checkpoint: weights hardly tell how large they were."""
     content = torch.load(run_dir / LAST, weights_only=True)
     return [state["exp_avg"] for state in content["training"]["optimiser"]["state"].values()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 @contextmanager

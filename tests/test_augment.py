@@ -1,4 +1,4 @@
-"""Augmentation: geometry against scipy, seeds, noise, and what stays as it was."""
+"""Augmentation: seeds and keys, types, planes, what stays as it was, and what is refused; the CPU and a GPU agree."""
 
 from __future__ import annotations
 
@@ -10,234 +10,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
+from augmenting import EVERYTHING, EVERYTHING_WHOLE, KEYS, OFF, PLANES, SIZE, only, smooth
 
 import loaders.augment as augment_module
-import loaders.noise as noise_module
 from loaders.augment import augment
-from loaders.augmentation import Augmentation, Draw, draw
-from loaders.noise import add_noise, hash_counters
+from loaders.augmentation import Augmentation, draw
 
-SIZE = (24, 32, 28)
-OFF = Augmentation(rotation_deg=0, translation_mm=0, scale=0, gain=0, gamma=0, noise=0, bias_field=0)
-GEOMETRY = dataclasses.replace(OFF, rotation_deg=25, translation_mm=4, scale=0.2)
 GREY = torch.full((4, *SIZE), 0.5)
-EVERYTHING = Augmentation(flip=0.5, crop=(20, 28, 24))
-EVERYTHING_WHOLE = dataclasses.replace(EVERYTHING, crop=None)
-KEYS = np.array([[1, 0, 17], [1, 0, 4], [1, 1, 17], [2, 0, 17]])
-PLANES = {"axial": 1, "coronal": 2, "sagittal": 3}  # the axis of (scan, z, y, x) across each
-
-
-def only(**parts: float) -> Augmentation:
-    """Return an augmentation of these parts."""
-    return dataclasses.replace(OFF, **parts)
-
-
-def smooth(scans: int = 4, size: tuple[int, ...] = SIZE, *, seed: int = 0) -> torch.Tensor:
-    """Return smooth random images from 0 to 1."""
-    noise = np.random.default_rng(seed).normal(size=(scans, *size))
-    images = np.stack([ndimage.gaussian_filter(image, 1.5) for image in noise])
-    low, high = images.min(), images.max()
-    return torch.from_numpy((images - low) / (high - low)).to(torch.float32)
-
-
-def ball(size: tuple[int, int, int], *, sd: float) -> torch.Tensor:
-    """Return one image with a round blob in its centre."""
-    distances = np.indices(size) - (np.array(size)[:, None, None, None] - 1) / 2
-    return torch.from_numpy(np.exp(-(distances**2).sum(axis=0) / (2 * sd**2))[None]).to(torch.float32)
-
-
-def forward_matrix(drawn: Draw) -> np.ndarray:
-    """Return "turn about x, then y, then z, and grow" on (x, y, z), written out."""
-    (cx, cy, cz), (sx, sy, sz) = np.cos(drawn.angles), np.sin(drawn.angles)
-    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return drawn.scale * about_z @ about_y @ about_x
-
-
-def moved_by_scipy(volume: np.ndarray, drawn: Draw) -> np.ndarray:
-    """Turn, grow and shift a volume (z, y, x) around its centre."""
-    backward = np.linalg.inv(forward_matrix(drawn))[::-1, ::-1]  # on (z, y, x)
-    centre = (np.array(volume.shape) - 1) / 2
-    offset = centre - backward @ (centre + drawn.shift[::-1])
-    return ndimage.affine_transform(volume.astype(float), backward, offset, order=1, mode="grid-constant")
-
-
-def slices(volumes: torch.Tensor, view: str, index: list[int]) -> torch.Tensor:
-    """Cut volumes as `extract.views.slices_of` does: upright, patient left on the left."""
-    return volumes.index_select(PLANES[view], torch.tensor(index)).movedim(PLANES[view], 1).flip(2)
 
 
 def test_off_is_the_images_themselves() -> None:
     images = torch.rand(4, *SIZE)
     assert augment(images, OFF, KEYS) is images
-
-
-@pytest.mark.parametrize("size", [SIZE, (9, 10, 7), (1, 6, 5)])
-def test_geometry_is_scipys(size: tuple[int, ...]) -> None:
-    images = smooth(size=size)
-    ours = augment(images, GEOMETRY, KEYS).numpy()
-    for image, key, result in zip(images.numpy(), KEYS, ours, strict=True):
-        np.testing.assert_allclose(result, moved_by_scipy(image, draw(GEOMETRY, key)), atol=1e-4)
-
-
-@pytest.mark.parametrize("part", ["rotation_deg", "translation_mm", "scale"])
-def test_each_part_of_the_geometry_alone_is_scipys(part: str) -> None:
-    images, wanted = smooth(1), only(**{part: getattr(GEOMETRY, part)})
-    reference = moved_by_scipy(images[0].numpy(), draw(wanted, KEYS[0]))
-    np.testing.assert_allclose(augment(images, wanted, KEYS[:1])[0].numpy(), reference, atol=1e-4)
-    assert np.abs(reference - images[0].numpy()).max() > 0.1
-
-
-@pytest.mark.parametrize("view", PLANES)
-def test_slices_move_as_the_head_does_in_their_plane(view: str) -> None:
-    across = {"axial": 2, "coronal": 1, "sagittal": 0}[view]
-    volumes, index = smooth(), [3, 10, 20]
-    ours = augment(slices(volumes, view, index), GEOMETRY, KEYS, view=view)
-    for i, key in enumerate(KEYS):
-        drawn = draw(GEOMETRY, key)
-        in_plane = dataclasses.replace(
-            drawn,
-            angles=np.where(np.arange(3) == across, drawn.angles, 0),
-            shift=np.where(np.arange(3) == across, 0, drawn.shift),
-            scale=1.0,
-        )
-        grown = forward_matrix(in_plane) * drawn.scale
-        grown[across, across] = 1
-        backward = np.linalg.inv(grown)[::-1, ::-1]
-        centre = (np.array(SIZE) - 1) / 2
-        offset = centre - backward @ (centre + in_plane.shift[::-1])
-        moved = ndimage.affine_transform(volumes[i].double().numpy(), backward, offset, order=1, mode="grid-constant")
-        reference = slices(torch.from_numpy(moved)[None], view, index)[0]
-        np.testing.assert_allclose(ours[i].numpy(), reference.numpy(), atol=1e-4)
-
-
-def test_directions_are_as_documented() -> None:
-    volume = torch.zeros(1, 29, 29, 33)
-    volume[0, 14, 14, 24] = 1  # right of the centre
-    centre = np.array([14, 14, 16])
-    volume = torch.from_numpy(ndimage.gaussian_filter(volume.numpy(), (0, 2, 2, 2)))
-    for key in KEYS:
-        shift, turn, grow = only(translation_mm=4), only(rotation_deg=20), only(scale=0.3)
-        before = np.array(ndimage.center_of_mass(volume[0].numpy()))
-        after = [
-            np.array(ndimage.center_of_mass(augment(volume, part, key[None])[0].numpy()))
-            for part in (shift, turn, grow)
-        ]
-        np.testing.assert_allclose((after[0] - before)[::-1], draw(shift, key).shift, atol=0.01)
-        x_axis = forward_matrix(draw(turn, key))[:, 0]
-        np.testing.assert_allclose((after[1] - centre)[::-1], 8 * x_axis, atol=0.05)
-        assert x_axis[1] * draw(turn, key).angles[2] > 0  # about z: x towards y, right towards the front
-        np.testing.assert_allclose((after[2] - centre)[::-1], [8 * draw(grow, key).scale, 0, 0], atol=0.05)
-
-
-def test_rotation_keeps_the_shape_of_a_ball_in_a_grid_that_is_no_cube() -> None:
-    image = ball((40, 60, 30), sd=4)
-    turned = augment(image, only(rotation_deg=90), KEYS[:1])
-    assert np.abs(draw(only(rotation_deg=90), KEYS[0]).angles).max() > 0.5
-    assert (turned - image).abs().max() < 0.03
-
-
-def test_sums_are_kept_or_grow_with_the_head() -> None:
-    image = ball((40, 44, 42), sd=4)
-    for part in (only(rotation_deg=20), only(translation_mm=5), only(scale=0.2)):
-        for key in KEYS:
-            ratio = augment(image, part, key[None]).sum() / image.sum()
-            assert ratio == pytest.approx(draw(part, key).scale ** 3, rel=0.01)
-
-
-def test_bias_field_is_smooth_and_has_its_peak_and_a_mean_of_zero() -> None:
-    part = only(bias_field=0.4)
-    logs = (augment(torch.full((4, *SIZE), 0.5), part, KEYS) / 0.5).log()
-    for log, key in zip(logs, KEYS, strict=True):
-        peak = draw(part, key).bias_peak
-        assert log.abs().max() == pytest.approx(peak, rel=0.1)
-        assert abs(log.mean()) < 1e-5
-        assert all(log.diff(dim=axis).abs().max() < 0.3 * peak for axis in range(3))
-
-
-def test_bias_field_is_the_same_under_autocast() -> None:
-    images = torch.rand(1, *SIZE)
-    plain = augment(images, only(bias_field=0.4), KEYS[:1])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(augment(images, only(bias_field=0.4), KEYS[:1]), plain)
-
-
-def test_gain_and_gamma_are_what_was_drawn_and_background_stays_black() -> None:
-    images = torch.rand(4, *SIZE) * 0.8
-    images[:, :5] = 0
-    part = only(gain=0.2, gamma=0.5, bias_field=0.2)
-    for got, image, key in zip(augment(images, only(gain=0.2, gamma=0.5), KEYS), images, KEYS, strict=True):
-        drawn = draw(part, key)
-        np.testing.assert_allclose(got, (drawn.gain * image**drawn.exponent).clamp(0, 1), atol=1e-6)
-    moved = augment(images, dataclasses.replace(part, rotation_deg=10), KEYS)
-    assert (augment(images, part, KEYS)[:, :5] == 0).all()
-    assert moved.min() == 0
-    assert moved.max() <= 1
-
-
-def test_hash_is_lowbias32_with_keys() -> None:
-    counters = np.array([0, 1, 2, 1000, 2**31 - 1], dtype=np.uint32)
-    keys = np.random.default_rng(0).integers(2**32, size=(3, 2), dtype=np.uint32)
-    bits = counters ^ keys[:, :1]
-    bits ^= bits >> np.uint32(16)
-    bits *= np.uint32(0x7FEB352D)
-    bits ^= keys[:, 1:]
-    bits ^= bits >> np.uint32(15)
-    bits *= np.uint32(0x846CA68B)
-    bits ^= bits >> np.uint32(16)
-    ours = hash_counters(torch.from_numpy(counters.view(np.int32)), torch.from_numpy(keys.view(np.int32)))
-    assert np.array_equal(ours.numpy().view(np.uint32), bits)
-
-
-def noise_of(key: list[int], size: tuple[int, ...] = (37, 41, 39), view: int = 0) -> np.ndarray:
-    """Return noise with a standard deviation of 1."""
-    image = torch.zeros((1, *size))
-    add_noise(image, torch.ones(1), torch.from_numpy(draw(OFF, np.array(key)).noise_keys[[view]].view(np.int32)))
-    return image[0].double().numpy()
-
-
-def test_noise_is_normal_and_white() -> None:
-    noise = noise_of([1, 2, 3], (61, 101, 81))  # an odd number of voxels, in several blocks
-    error = 1 / math.sqrt(noise.size)
-    assert abs(noise.mean()) < 4 * error
-    assert abs(noise.std() - 1) < 4 * error
-    assert abs((noise**3).mean()) < 4 * math.sqrt(15) * error
-    assert abs((noise**4).mean() - 3) < 4 * math.sqrt(96) * error
-    assert 4.5 < np.abs(noise).max() < 6
-    centred = noise.ravel()
-    half = (noise.size + 1) // 2
-    for lag in (1, 2, 3, 81, 81 * 101, 2**17, half, half - 1):  # neighbours along each axis, blocks, partners
-        assert abs((centred[lag:] * centred[:-lag]).mean()) < 4.5 / math.sqrt(noise.size - lag)
-        squares = centred**2 - 1
-        assert abs((squares[lag:] * squares[:-lag]).mean()) < 4.5 * 2 / math.sqrt(noise.size - lag)
-
-
-def test_noise_does_not_depend_on_the_blocks_it_is_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = noise_of([1, 2, 3])
-    monkeypatch.setitem(noise_module._BLOCK, "cpu", 1001)
-    np.testing.assert_allclose(noise_of([1, 2, 3]), whole, atol=1e-6)
-
-
-def test_noise_differs_between_scans_epochs_seeds_and_views() -> None:
-    first = noise_of([1, 2, 3])
-    others = [noise_of(key) for key in ([1, 2, 4], [1, 3, 3], [2, 2, 3])] + [noise_of([1, 2, 3], view=1)]
-    for other in others:
-        assert abs((first * other).mean()) < 4.5 / math.sqrt(first.size)
-        # nor the same numbers at other places
-        assert len(np.intersect1d(np.unique(first), np.unique(other))) < 0.2 * first.size
-
-
-def test_noise_has_the_drawn_sd_and_leaves_the_mean() -> None:
-    images = torch.full((4, 40, 30, 30), 0.5)
-    images[:, :20] = 0
-    for got, key in zip(augment(images, only(noise=0.1), KEYS), KEYS, strict=True):
-        sd = draw(only(noise=0.1), key).noise_sd
-        assert got[20:].std().item() == pytest.approx(sd, rel=0.02)
-        assert got[20:].mean().item() == pytest.approx(0.5, abs=5 * sd / math.sqrt(20 * 30 * 30))
-        assert got[:20].min() == 0  # the positive half in the background
-        assert got[:20].mean().item() == pytest.approx(sd / math.sqrt(2 * math.pi), rel=0.05)
 
 
 @pytest.mark.parametrize("view", ["volume", *PLANES])
@@ -331,41 +115,6 @@ def test_global_random_states_are_left_alone() -> None:
     assert np.array_equal(ours[1], np.random.rand(3))  # noqa: NPY002
     torch.manual_seed(2)
     assert torch.equal(augment(images, EVERYTHING, KEYS), first)
-
-
-def test_flips_swap_left_and_right_where_there_are_any() -> None:
-    images = torch.rand(4, *SIZE)
-    keys = np.arange(200)[:, None]
-    assert torch.equal(augment(images, only(flip=1), KEYS), images.flip(3))
-    assert torch.equal(augment(images, only(flip=1), KEYS, view="axial"), images.flip(3))
-    assert torch.equal(augment(images, only(flip=1), KEYS, view="coronal"), images.flip(3))
-    assert augment(images, only(flip=1), KEYS, view="sagittal") is images
-    some = augment(torch.arange(2.0).expand(200, 1, 1, 2), only(flip=0.3), keys)
-    assert 40 <= (some[..., 0] == 1).sum() <= 80
-
-
-@pytest.mark.parametrize("view", ["volume", *PLANES])
-def test_a_crop_is_a_window_of_the_whole(view: str) -> None:
-    images = torch.rand(4, *SIZE)
-    size, crop = (SIZE, (10, 30, 28)) if view == "volume" else (SIZE[1:], (30, 13))
-    whole = augment(images, Augmentation(), KEYS, view=view)
-    cropped = augment(images, Augmentation(crop=crop), KEYS, view=view)
-    places = set()
-    for i in range(4):
-        found = [
-            starts
-            for starts in np.ndindex(*(n - c + 1 for n, c in zip(size, crop, strict=True)))
-            if torch.equal(whole[(i, ..., *(slice(s, s + c) for s, c in zip(starts, crop, strict=True)))], cropped[i])
-        ]
-        assert len(found) == 1
-        places.add(found[0])
-    assert len(places) > 1
-
-
-def test_crops_reach_every_place_alike() -> None:
-    images = torch.arange(5.0).div(4).expand(1000, 1, 1, 5)
-    starts = augment(images, only(crop=(1, 1, 3)), np.arange(1000)[:, None])[..., 0].flatten() * 4
-    assert (np.bincount(starts.int().numpy(), minlength=3) > 280).all()
 
 
 def test_planes_of_a_triplanar_view_share_a_head() -> None:

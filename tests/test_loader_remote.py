@@ -13,7 +13,8 @@ import numba
 import numpy as np
 import obstore
 import pytest
-from s3_server import Fault, FaultyProxy, S3Server, s3_server, use
+from faulty_proxy import Fault, FaultyProxy
+from s3_server import S3Server, s3_server, use
 from small_store import SHAPE, SLAB, make_store
 
 from ingest import places

@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 
 import obstore
 import pytest
+from faulty_proxy import Fault, FaultyProxy
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError, PreconditionError
 from obstore.store import S3Store
-from s3_server import ACCESS_KEY, REGION, SECRET_KEY, Fault, FaultyProxy, S3Server, s3_server
+from s3_server import ACCESS_KEY, REGION, SECRET_KEY, S3Server, s3_server
 
 NAMES = (f"bucket-{number}" for number in count())
 

@@ -1,0 +1,192 @@
+"""Which scans a loader takes and how often: rows, phenotypes, strata, weights, and settings that cannot be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from sampled_store import OK, SCANS, visited
+from sampled_store import path as path  # a fixture
+from sampled_store import store as store  # a fixture
+from sampled_store import voxels as voxels  # a fixture
+from small_store import make_store
+
+from ingest.store import open_store
+from loaders import Augmentation, open_loader
+from loaders.select import balancing_weights, select_rows, strata_of
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, OK),
+        ({"rows": [9, 2, 2, 0]}, [9, 2, 2, 0]),
+        ({"rows": range(3)}, [0, 1, 2]),
+        ({"rows": []}, []),
+        ({"rows": np.empty(0)}, []),
+        ({"rows": np.array([7, 3], dtype=np.uint16)}, [7, 3]),
+        ({"rows": pd.Series([5, 1])}, [5, 1]),
+        ({"rows": np.arange(SCANS) < 6}, [0, 1, 2, 3, 5]),  # a mask leaves out what holds no volume
+        ({"rows": [False] * SCANS}, []),
+        ({"known": ["age"]}, [row for row in OK if row not in (2, 9, 11)]),
+        ({"known": ["sex", "age"], "rows": [9, 8, 2, 1]}, [8, 1]),
+        ({"where": "age >= 70"}, [row for row in OK if row >= 20]),
+        ({"where": "age >= 70 and sex == 1 and session == '3'"}, [21, 23, 25]),
+        ({"where": "participant in ['p3', 'p4', 'p5']"}, [3, 5]),
+        ({"where": "site == 3 or age < 52"}, [0, 1, 22, 23, 24, 25]),
+        ({"where": "`1st` == 7"}, [7]),
+        ({"where": "age > 1000"}, []),
+        ({"where": "sex == 1", "rows": [9, 8, 3, 2]}, [9, 3]),
+        ({"where": "sex == 1", "rows": np.arange(SCANS) < 4, "known": ["age"]}, [1, 3]),
+    ],
+)
+def test_rows_are_selected(store, arguments, expected):
+    selected = select_rows(store, **arguments)
+    assert selected.tolist() == expected
+    assert selected.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rows": [0, 17]}, IndexError, "row 17 holds no volume: its status is bad_nifti; use rows with status ok"),
+        ({"rows": [SCANS]}, IndexError, "row 26 is not in the store, which has rows 0 to 25"),
+        ({"rows": [0, -1]}, IndexError, "row -1 is not in the store"),
+        ({"rows": np.ones(5, bool)}, ValueError, r"the mask of rows has shape \(5,\), expected \(26,\)"),
+        ({"rows": [1.0, 2.5]}, ValueError, "rows are float64, expected whole numbers, or a mask of bool"),
+        ({"rows": pd.Series([True] * SCANS, dtype=object)}, ValueError, "rows are object, expected whole numbers"),
+        ({"rows": ["p1"]}, ValueError, "rows are <U2, expected whole numbers"),
+        ({"known": ["iq"]}, ValueError, "the store has no phenotype 'iq'; it has 1st, age, sex, site"),
+        (
+            {"where": "iq > 1"},
+            ValueError,
+            "'iq > 1' cannot be evaluated: name 'iq' is not defined; columns are brain_voxels, .*, sex, site",
+        ),
+        ({"where": "age >"}, ValueError, "'age >' cannot be evaluated: invalid syntax"),
+        ({"where": "participant > 3"}, ValueError, "'participant > 3' cannot be evaluated: .*; columns are"),
+        ({"where": ""}, ValueError, "'' cannot be evaluated"),
+        ({"where": "age + 1"}, ValueError, "'age \\+ 1' is not true or false for each scan; for example: age >= 60"),
+        ({"where": "1 < 2"}, ValueError, "'1 < 2' is not true or false for each scan"),
+        ({"where": "old = age > 60"}, ValueError, "'old = age > 60' is not true or false for each scan"),
+    ],
+)
+def test_selections_that_cannot_be_are_refused(store, arguments, error, message):
+    with pytest.raises(error, match=message):
+        select_rows(store, **arguments)
+
+
+def test_a_loader_of_selected_scans_has_those(store, voxels):
+    with open_loader(store, where="sex == 1", known=["age"], batch_size=100, backend="torch") as loader:
+        (batch,) = loader
+    assert batch.rows.tolist() == [row for row in OK if row % 2 and row not in (9, 11)]
+    np.testing.assert_array_equal(batch.images.numpy(), voxels[batch.rows])
+    with open_loader(store, where="age > 1000", shuffle=True, stratify="sex", backend="torch") as loader:
+        assert len(loader) == len(list(loader)) == 0
+        assert loader.state_dict()["position"] == 0
+
+
+# ------------------------------------------------------------------------------------ strata, weights, what is refused
+
+
+def test_strata_are_the_values_or_quantiles_and_missing_values_are_one():
+    nan = np.nan
+    assert strata_of(np.array([7.0, nan, 3, 7, nan])).tolist() == [1, -1, 0, 1, -1]
+    assert strata_of(np.array([nan, nan])).tolist() == [-1, -1]
+    assert strata_of(np.empty(0)).tolist() == []
+    assert strata_of(np.arange(10.0)).tolist() == list(range(10))
+    values = np.random.default_rng(0).permutation(1000.0 + np.arange(200))
+    values[:20] = nan
+    labels = strata_of(values)
+    assert np.bincount(labels + 1).tolist() == [20] + [18] * 10
+    assert all(values[labels == a].max() < values[labels == a + 1].min() for a in range(9))
+    assert np.unique(strata_of(np.arange(30.0), bins=3)).tolist() == [0, 1, 2]
+    many_zeros = strata_of(np.concatenate([np.zeros(100), np.arange(1.0, 21)]))
+    assert len(np.unique(many_zeros[:100])) == 1
+    assert np.unique(many_zeros[100:]).size > 1
+
+
+def test_balancing_weights_make_every_stratum_as_likely():
+    values = np.array([1.0, 1, 1, 1, 2, np.nan, np.nan, 3])
+    weights = balancing_weights(values)
+    assert weights.tolist() == [0.25, 0.25, 0.25, 0.25, 1, 0.5, 0.5, 1]
+    values = np.random.default_rng(0).exponential(size=1000)
+    weights, labels = balancing_weights(values), strata_of(values)
+    np.testing.assert_allclose([weights[labels == label].sum() for label in range(10)], 1)
+
+
+def test_a_balanced_loader_draws_each_site_as_often(store):
+    site = store.phenotypes["site"].to_numpy()
+    with open_loader(store, balance="site", batch_size=100, view="axial", slices=1, backend="torch") as loader:
+        drawn = np.concatenate([batch.rows for _ in range(60) for batch in loader])
+    counts = np.bincount(site[drawn].astype(int))[1:]
+    expected = len(drawn) / 3
+    assert ((counts - expected) ** 2 / expected).sum() < 2 + 5 * 2  # 2 degrees of freedom
+    assert set(drawn) == set(OK)
+
+
+def test_a_loader_with_weights_draws_in_proportion_and_those_of_weight_zero_never(store):
+    weights = np.arange(len(OK)) % 4
+    with open_loader(store, weights=weights, batch_size=100, view="axial", slices=1, backend="torch") as loader:
+        drawn = np.concatenate([batch.rows for _ in range(60) for batch in loader])
+    per_weight = np.bincount(weights[np.searchsorted(OK, drawn)], minlength=4)
+    assert per_weight[0] == 0
+    expected = len(drawn) * np.arange(1, 4) / 6
+    assert ((per_weight[1:] - expected) ** 2 / expected).sum() < 2 + 5 * 2  # 2 degrees of freedom
+
+
+def test_stratified_batches_have_each_sex_in_proportion(store):
+    sex = store.phenotypes["sex"].to_numpy()
+    share = sex[OK].mean()
+    with open_loader(store, shuffle=True, stratify="sex", batch_size=5, backend="torch") as loader:
+        for _ in range(3):
+            batches = list(loader)
+            assert sorted(visited(batches)) == OK
+            assert all(abs(sex[batch.rows].sum() - share * len(batch.rows)) <= 1 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": [1.0, 2.0]}, "2 weights were given for 24 rows, expected one for each"),
+        ({"weights": np.ones(SCANS)}, "26 weights were given for 24 rows"),
+        ({"weights": [-1.0] + [1.0] * 23}, "weights must be finite, not negative, and not all zero"),
+        ({"weights": [np.nan] + [1.0] * 23}, "weights must be finite"),
+        ({"weights": [np.inf] + [1.0] * 23}, "weights must be finite"),
+        ({"weights": np.zeros(24)}, "not all zero"),
+        ({"weights": np.ones(24), "balance": "sex"}, "weights, balance and stratify exclude one another"),
+        ({"balance": "sex", "stratify": "sex", "shuffle": True}, "exclude one another; give one of them"),
+        ({"stratify": "sex"}, "stratify orders a shuffled epoch; it needs shuffle=True"),
+        ({"stratify": "iq", "shuffle": True}, "the store has no phenotype 'iq'; it has 1st, age, sex, site"),
+        ({"balance": "iq"}, "the store has no phenotype 'iq'"),
+        ({"where": "iq > 1"}, "'iq > 1' cannot be evaluated"),
+        ({"known": ["iq"]}, "the store has no phenotype 'iq'"),
+        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+        ({"rank": 1}, "rank is 1 and world_size None, expected both or neither"),
+        ({"world_size": 2}, "rank is None and world_size 2, expected both or neither"),
+        ({"rank": 2, "world_size": 2}, "rank is 2 of world_size 2"),
+        ({"seed": -1}, "seed is -1, expected 0 or more"),
+        ({"on_error": "ignore"}, "on_error is 'ignore', expected raise or skip"),
+        ({"deadline": 0}, "deadline is 0, expected a number of seconds above 0"),
+        ({"deadline": float("nan")}, "deadline is nan"),
+        ({"threads": 0}, "threads is 0, expected 1 or more"),
+        ({"cache_bytes": 1000}, "a cache needs both cache_dir and cache_bytes"),
+        ({"cache_dir": "somewhere"}, "a cache needs both"),
+        ({"backend": "numpy"}, "backend 'numpy' is unknown, expected one of auto, dali, torch"),
+        ({"device": "meta"}, "device is meta, expected cpu or cuda"),
+        ({"view": "triplanar"}, "load volumes and cut them with loaders.slices_of"),
+        ({"dtype": "float64"}, "dtype is float64, expected one of uint8, float32"),
+        ({"augmentation": Augmentation()}, "uint8 pictures are not augmented"),
+        ({"mean": 0.5}, "uint8 pictures are not normalised"),
+        ({"channels": 2}, "channels is 2, expected None, 1 or 3"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(store, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        open_loader(store, **arguments)
+
+
+def test_a_store_without_phenotypes_says_so(tmp_path):
+    make_store(tmp_path / "s.zarr", 3)
+    with pytest.raises(ValueError, match="the store has no phenotype 'age'; it has none"):
+        open_loader(tmp_path / "s.zarr", balance="age")
+    assert select_rows(open_store(tmp_path / "s.zarr"), where="source == '1.nii.gz'").tolist() == [1]
