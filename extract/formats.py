@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -18,18 +18,18 @@ import pyarrow.parquet
 import zarr
 from zarr.codecs import ZstdCodec
 
-from extract.hdf5_inside import dataset_inside, group_inside
-from extract.tables import Features, Tables, all_columns, check_features, flat_names, is_text, ranges
-from ingest.store import quiet_zarr, read_columns, write_column
+from extract.hdf5 import read_hdf5_features, read_hdf5_tables, write_hdf5
+from extract.tables import CHUNK_ROWS, Features, Tables, all_columns, check_features, flat_names, is_text, ranges
+from ingest.columns import read_columns, write_column
+from ingest.store import quiet_zarr
 
-_CHUNK_ROWS = 1024
 _ROW_GROUP_BYTES = 8 << 20
-_METADATA = b"brain-embeddings"  # key of a parquet file's metadata
+_METADATA, _CHECKSUM = b"brain-embeddings", b"brain-embeddings-crc32"  # keys of a parquet file's metadata
 
 #: What the libraries raise, besides OSError, where the content of a file is not what its name says.
 DAMAGE = (
     LookupError, ValueError, TypeError, AttributeError, EOFError, ArithmeticError, MemoryError, RuntimeError,
-    zipfile.BadZipFile, zlib.error, pa.ArrowException,
+    SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, pa.ArrowException,
 )  # fmt: skip
 
 
@@ -60,20 +60,24 @@ def _write_zarr(path: Path, tables: Tables, shape: tuple[int, int], features: Fe
     array = root.create_array(
         "embeddings",
         shape=shape,
-        chunks=(max(1, min(_CHUNK_ROWS, shape[0])), max(1, shape[1])),
+        chunks=(max(1, min(CHUNK_ROWS, shape[0])), max(1, shape[1])),
         dtype="float32",
         fill_value=np.nan,  # a chunk that is lost is found, not believed; a damaged one, too
         compressors=[ZstdCodec(level=3, checksum=True)],
         dimension_names=("scan", "feature"),
     )
-    for start, stop in ranges(shape[0], _CHUNK_ROWS):
+    for start, stop in ranges(shape[0], CHUNK_ROWS):
         array[start:stop] = features(start, stop)
     for group in ("scans", "phenotypes"):
         root.create_group(group)
+    names: dict[str, list[str]] = {"scans": [], "phenotypes": []}
     for group, name, values in all_columns(tables):
         columns = root[group]
         assert isinstance(columns, zarr.Group)
         write_column(columns, name, values, tables.variables.get(name) if group == "phenotypes" else None)
+        names[group].append(name)
+    for group in names:
+        root[group].attrs["columns"] = sorted(names[group])  # by which `read_columns` knows that none was lost
     root.attrs.update(tables.attrs)
 
 
@@ -85,6 +89,8 @@ def _read_zarr_tables(path: Path) -> Tables:
             return Tables(pd.DataFrame(), pd.DataFrame(), {}, attrs)
         rows = _zarr_features(root).shape[0]
         for group in ("scans", "phenotypes"):  # before anything is read: what was never written is zeros, of any size
+            if group not in root:
+                raise ValueError(f"it has no group {group}")
             for name, column in _zarr_columns(root, group):
                 if column.shape != (rows,):
                     raise ValueError(f"{group}/{name} has shape {column.shape}, embeddings is of {rows} scans")
@@ -98,8 +104,8 @@ def _zarr_features(root: zarr.Group) -> zarr.Array:
     if not isinstance(array, zarr.Array):
         raise ValueError("embeddings is a group, expected an array")
     check_features(array.shape, array.dtype)
-    if array.chunks[0] > _CHUNK_ROWS:
-        raise ValueError(f"embeddings has chunks of {array.chunks[0]} scans, expected at most {_CHUNK_ROWS}")
+    if array.chunks[0] > CHUNK_ROWS:
+        raise ValueError(f"embeddings has chunks of {array.chunks[0]} scans, expected at most {CHUNK_ROWS}")
     return array
 
 
@@ -118,53 +124,6 @@ def _read_zarr_features(path: Path) -> Iterator[np.ndarray]:
             yield np.asarray(array[start:stop])
 
 
-# --- HDF5: the same groups and names
-
-
-def _write_hdf5(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
-    with h5py.File(path, "w") as file:
-        array = file.create_dataset("embeddings", shape=shape, dtype="float32")
-        for start, stop in ranges(shape[0], _CHUNK_ROWS):
-            array[start:stop] = features(start, stop)
-        for group in ("scans", "phenotypes"):
-            file.create_group(group)
-        for group, name, values in all_columns(tables):
-            if is_text(values):
-                values = np.array([str(value) for value in values], dtype=h5py.string_dtype())
-            column = file[group].create_dataset(name, data=values)
-            if group == "phenotypes":
-                for key, value in tables.variables.get(name, {}).items():
-                    column.attrs[key] = json.dumps(value)  # HDF5 has no null and no nesting
-        for key, value in tables.attrs.items():
-            file.attrs[key] = json.dumps(value)
-
-
-def _read_hdf5_tables(path: Path) -> Tables:
-    with h5py.File(path, "r") as file:
-        attrs = {key: json.loads(value) for key, value in file.attrs.items()}
-        tables: dict[str, pd.DataFrame] = {}
-        variables: dict[str, dict[str, Any]] = {}
-        for group in ("scans", "phenotypes"):
-            columns = {}
-            inside = group_inside(file, group)
-            for name in inside:
-                column = dataset_inside(inside, name)
-                text = h5py.check_string_dtype(column.dtype) is not None
-                columns[name] = column.asstr()[:].astype(object) if text else column[:]
-                if group == "phenotypes":
-                    variables[name] = {key: json.loads(value) for key, value in column.attrs.items()}
-            tables[group] = pd.DataFrame(columns)
-        return Tables(tables["scans"], tables["phenotypes"], variables, attrs)
-
-
-def _read_hdf5_features(path: Path) -> Iterator[np.ndarray]:
-    with h5py.File(path, "r") as file:
-        array = dataset_inside(file, "embeddings")
-        check_features(array.shape, array.dtype)
-        for start, stop in ranges(max(1, len(array)), _CHUNK_ROWS):
-            yield array[start:stop]
-
-
 # --- parquet: one table, whose metadata say which columns are what
 
 
@@ -179,10 +138,14 @@ def _write_parquet(path: Path, tables: Tables, shape: tuple[int, int], features:
         "phenotypes": [str(name) for name in tables.phenotypes.columns],
     }
     types = [array.type for array in arrays] + [pa.float32()] * width
-    schema = pa.schema(list(zip(names, types, strict=True)), metadata={_METADATA: json.dumps(about)})
-    step = max(_CHUNK_ROWS, _ROW_GROUP_BYTES // max(1, 4 * width))
+    text = json.dumps(about).encode()
+    metadata = {_METADATA: text, _CHECKSUM: _checksum(text)}  # parquet itself has checksums of its pages alone
+    schema = pa.schema(list(zip(names, types, strict=True)), metadata=metadata)
+    step = max(CHUNK_ROWS, _ROW_GROUP_BYTES // max(1, 4 * width))
     dictionary = names[: len(arrays)]
-    with pa.parquet.ParquetWriter(path, schema, use_dictionary=dictionary, write_statistics=dictionary) as file:
+    with pa.parquet.ParquetWriter(
+        path, schema, use_dictionary=dictionary, write_statistics=dictionary, write_page_checksum=True
+    ) as file:
         for start, stop in ranges(rows, step):
             columns = [array[start:stop] for array in arrays] + _arrow_columns(features(start, stop))
             file.write_table(pa.table(columns, schema=schema), row_group_size=step)
@@ -201,7 +164,7 @@ def _arrow(values: np.ndarray) -> pa.Array:
 
 
 def _read_parquet_tables(path: Path) -> Tables:
-    with pa.parquet.ParquetFile(path) as file:
+    with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         about = _about(file)
         if not about:
             return Tables(pd.DataFrame(), pd.DataFrame(), {}, {})
@@ -225,12 +188,20 @@ def _from_arrow(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _about(file: pa.parquet.ParquetFile) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((file.schema_arrow.metadata or {}).get(_METADATA, b"{}"))
+    metadata = file.schema_arrow.metadata or {}
+    text = metadata.get(_METADATA, b"{}")
+    if metadata.get(_CHECKSUM, _checksum(text)) != _checksum(text):
+        raise ValueError("its attributes are not those that were written")
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
+
+
 def _read_parquet_features(path: Path) -> Iterator[np.ndarray]:
-    with pa.parquet.ParquetFile(path) as file:
+    with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         about = _about(file)
         names = file.schema_arrow.names[len(about["scans"]) + len(about["phenotypes"]) :]
         if not file.num_row_groups:
@@ -248,7 +219,7 @@ def _read_parquet_features(path: Path) -> Iterator[np.ndarray]:
 
 def _write_npz(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        blocks = (features(start, stop) for start, stop in ranges(shape[0], _CHUNK_ROWS))
+        blocks = (features(start, stop) for start, stop in ranges(shape[0], CHUNK_ROWS))
         _write_npy(archive, "embeddings", np.dtype(np.float32), shape, blocks)
         arrays = {f"{group}/{name}": values for group, name, values in all_columns(tables)}
         arrays["attrs"] = np.array(json.dumps(tables.attrs))
@@ -272,6 +243,11 @@ def _write_npy(
 
 def _read_npz_tables(path: Path) -> Tables:
     groups: dict[str, dict[str, np.ndarray]] = {"scans": {}, "phenotypes": {}}
+    if not zipfile.is_zipfile(path):  # else numpy's advice would be to unpickle it
+        raise ValueError("it is no whole zip archive, as npz files are")
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            archive.open(member).close()  # has its name twice: a damaged one would be that of nothing, and left out
     with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:  # numpy leaves a bad one open
         if not {"attrs", "variables", "embeddings"} <= set(file.files):
             return Tables(pd.DataFrame(), pd.DataFrame(), {}, {})
@@ -290,7 +266,7 @@ def _read_npz_features(path: Path) -> Iterator[np.ndarray]:
         expected, there = 4 * rows * width, archive.getinfo("embeddings.npy").file_size - file.tell()
         if there != expected:
             raise ValueError(f"embeddings.npy has {there} bytes of values, its shape {(rows, width)} needs {expected}")
-        for start, stop in ranges(max(1, rows), _CHUNK_ROWS):
+        for start, stop in ranges(max(1, rows), CHUNK_ROWS):
             count = min(stop, rows) - start
             yield np.frombuffer(file.read(4 * count * width), np.float32).reshape(count, width)
 
@@ -310,7 +286,7 @@ def _read_npy_shape(file: IO[bytes]) -> tuple[int, int]:
 #: By the ending of the file's name.
 KINDS = {
     ".zarr": Kind(_write_zarr, _read_zarr_tables, _read_zarr_features),
-    ".h5": Kind(_write_hdf5, _read_hdf5_tables, _read_hdf5_features),
+    ".h5": Kind(write_hdf5, read_hdf5_tables, read_hdf5_features),
     ".parquet": Kind(_write_parquet, _read_parquet_tables, _read_parquet_features),
     ".npz": Kind(_write_npz, _read_npz_tables, _read_npz_features),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
-from math import nan
+from math import isnan, nan
 
 from ingest.archive import read_scan
 from ingest.conform import conform
@@ -48,6 +48,11 @@ def pending_row(source: ScanSource) -> ScanRow:
         source_size=size,
         source_mtime=mtime,
     )
+
+
+def is_out_of_reach(row: ScanRow) -> bool:
+    """Whether a row of `pending_row` is of a file that could not even be looked at."""
+    return row.source_size == 0 and isnan(row.source_mtime)
 
 
 def load_volume(source: ScanSource, memory: int | None = None) -> tuple[NiftiVolume, float]:

@@ -60,7 +60,7 @@ def summarise_store(path: str | Place) -> StoreSummary:
     missing = store.phenotypes.iloc[ok].isna().sum()
     return StoreSummary(
         scans=len(store.scans),
-        participants=int(store.scans["participant"].nunique()),
+        participants=int(store.scans.loc[store.scans["status"] != "withdrawn", "participant"].nunique()),
         status=dict(sorted(Counter(store.scans["status"]).items())),
         grid=store.grid.to_json(),
         slab=store.slab,

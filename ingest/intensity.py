@@ -25,6 +25,13 @@ class IntensityRule:
     percentile: float = 99.9
     top_level: int = 255
 
+    def __post_init__(self) -> None:
+        """Refuse what no scan could be stored by."""
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile is {self.percentile}, expected more than 0 and at most 100")
+        if not (isinstance(self.top_level, int) and 1 <= self.top_level <= 255):
+            raise ValueError(f"top_level is {self.top_level!r}, expected a whole number from 1 to 255, as of a byte")
+
     def to_json(self) -> dict[str, Any]:
         """Return what goes into the store's attributes."""
         return {"rule": "percentile of positive voxels to top_level, zero to zero, per scan", **asdict(self)}

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,32 +13,32 @@ from typing import Any
 
 from ingest.convert import ConvertedScan, convert_scan, load_volume, pending_row, volume_space
 from ingest.errors import ObjectStoreError, ScanError, StoreError
-from ingest.grid import GRIDS, MNI152, NATIVE, Grid
+from ingest.existing import behind_links, check_people, check_same_settings, find_existing, grid_of, rank_of_store
+from ingest.grid import GRIDS, NATIVE, Grid
 from ingest.intensity import IntensityRule
+from ingest.joined import choose_table, join, kept
 from ingest.journal import open_journal, read_journal, remove_journal
 from ingest.layouts import Layout, find_scans
 from ingest.lock import store_lock
 from ingest.memory import plan_memory
-from ingest.names import rank_of
-from ingest.phenotypes import Phenotypes, join_phenotypes, participant_key
+from ingest.phenotypes import participant_key
 from ingest.places import Place, as_place, local_copy
-from ingest.plan import Plan, make_plan
-from ingest.scan import EXPECTED_ABSENCES, ScanRow, ScanSource
+from ingest.plan import make_plan
+from ingest.scan import ScanRow, ScanSource
 from ingest.settings import IngestSettings, IngestSummary, Space
 from ingest.shard import remove_shard, shard_path
 from ingest.store import (
     DEFAULT_SLAB,
-    VolumeStore,
     create_store,
-    grow_store,
-    open_store,
     recover_store,
     remove_store,
+    resize_store,
     rows_of,
     set_attributes,
     write_phenotypes,
     write_scans,
 )
+from ingest.summary import summarise
 from ingest.withdraw import read_withdrawals
 from ingest.workers import run_in_processes, run_in_threads
 
@@ -47,9 +46,6 @@ _GONE_AFTER = 8  # scans that cannot be fetched, one after the other; each has b
 
 #: The disk is full, over quota, read-only, or not ours.
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-_SPACES = {Space.mni: MNI152, Space.native: NATIVE}
 
 
 def ingest(
@@ -111,33 +107,29 @@ def ingest(
     """
     settings = settings or IngestSettings()
     started = time.perf_counter()
-    source, out = as_place(source), as_place(out)
+    source, out = as_place(source), behind_links(as_place(out))
     with _clear_write_errors(out), store_lock(out) as check_lock:
         recover_store(out)
-        _check_is_store(out)
-        if overwrite:
-            remove_store(out)
-            remove_journal(out)
-        store = open_store(out) if out.exists() else None
-        rank = _rank(store) if store and settings.image is None else None
+        there = find_existing(out, overwrite=overwrite, people_named=bool(withdrawn) or allow_readd)
+        store = None if overwrite else there
+        rank = rank_of_store(store) if store and settings.image is None else None
         layout, sources = find_scans(source, settings.layout, settings.image, rank)
-        if withdrawn:
-            with local_copy(as_place(withdrawn)) as list_file:
-                people = read_withdrawals(list_file)
-            sources = [scan for scan in sources if participant_key(scan.participant) not in people]
-        if store:
-            _check_same_settings(store, settings, layout)
-            if not (withdrawn or allow_readd) and (store.scans["status"] == "withdrawn").any():
-                raise StoreError(
-                    f"people have been withdrawn from {out}, and it no longer knows who; give their list with "
-                    "--withdrawn LIST so that they are not brought back, or --allow-readd"
-                )
         known = rows_of(store.scans) if store else []
         done, simulated = read_journal(out, store.attrs["store_id"]) if store else ({}, False)
         for number, row in done.items():
             known[number] = row
+        if withdrawn:
+            with local_copy(as_place(withdrawn)) as list_file:
+                people = read_withdrawals(list_file)
+            check_people(out, known, people)
+            sources = [scan for scan in sources if participant_key(scan.participant) not in people]
+        empty = all(row.status != "ok" for row in known)
+        if store:
+            check_same_settings(store, settings, layout, empty=empty)
         plan = make_plan(known, sources, retry_failed=retry_failed)
-        phenotypes = _phenotypes(source, layout, settings.phenotypes, plan.rows, store)
+        given = None if settings.phenotypes is None else as_place(settings.phenotypes)
+        table = choose_table(source, layout, given, store)
+        phenotypes = join(table, plan.rows, store, given=given is not None) if table else kept(plan.rows, store)
         sizes = [plan.rows[number].source_size for number in plan.todo]
         memory = plan_memory(
             max_memory, sizes, scans=len(plan.rows), workers=0 if scheduler else workers, remote=bool(scheduler)
@@ -145,19 +137,32 @@ def ingest(
         if on_plan:
             on_plan(len(plan.todo), sum(sizes))
 
+        grid = None if store is None else store.grid
+        if empty:
+            grid = _choose_grid(settings.space, list(plan.todo.values()), memory.scan_bytes) or grid or GRIDS[NATIVE]
+        assert grid is not None
+        attrs = _attributes(source, layout, settings, table)
         if store:
-            if len(plan.rows) > len(store.scans):
-                grow_store(out, len(plan.rows))
-            grid, slab, store_id = store.grid, store.slab, store.attrs["store_id"]
+            slab, store_id = store.slab, store.attrs["store_id"]
             simulated |= bool(store.attrs["simulated"])
-            set_attributes(out, {"simulated": simulated})
+            made_with = dict(store.attrs["settings"])
+            if empty:
+                made_with["space"] = str(settings.space)
+            if table:
+                made_with["phenotypes"] = table.name
+            resize_store(out, len(plan.rows))
+            set_attributes(out, {"simulated": simulated, "grid": grid.to_json(), "settings": made_with})
             write_scans(out, plan.rows)  # what is read again is pending from here on, whatever happens to this run
             remove_journal(out)  # all of it is in the table now
+            for number in plan.kept.keys() - plan.todo.keys():
+                remove_shard(shard_path(out, number))  # of what is a duplicate now
         else:
-            grid = _choose_grid(settings.space, list(plan.todo.values()), memory.scan_bytes)
             slab, store_id = settings.slab or DEFAULT_SLAB, uuid.uuid4().hex
-            attrs = _attributes(source, layout, settings, slab) | {"store_id": store_id}
-            create_store(out, plan.rows, grid, slab=slab, attrs=attrs)
+            if overwrite:  # now that nothing is left to be refused
+                remove_store(out)
+                remove_journal(out)
+            attrs["settings"]["slab"] = slab
+            create_store(out, plan.rows, grid, slab=slab, attrs=attrs | {"store_id": store_id})
 
         work = partial(
             _convert, store=out.absolute(), grid=grid, rule=settings.intensity, slab=slab, memory=memory.scan_bytes
@@ -169,11 +174,18 @@ def ingest(
         else:
             results = run_in_threads(work, todo, memory.threads)
         with open_journal(out, store_id) as append, contextlib.closing(results):
+            unread = []
             for number, converted in _while_reachable(results, source):
-                plan.rows[number] = converted.row
+                row = converted.row
+                if row.status == "read_error" and number in plan.kept:
+                    unread.append((row.source, row.status, f"{row.error}; its volume of before is kept"))
+                    row = plan.kept[number]
+                elif row.status != "ok" and number < len(known):
+                    remove_shard(shard_path(out, number))  # of what the file held before
+                plan.rows[number] = row
                 simulated |= converted.simulated
                 check_lock()
-                append(number, converted.row, converted.simulated)
+                append(number, row, converted.simulated)
                 if on_scan:
                     on_scan(converted.row)
 
@@ -183,7 +195,8 @@ def ingest(
             write_phenotypes(out, phenotypes.table, phenotypes.variables)
         set_attributes(out, {"simulated": simulated})
         remove_journal(out)
-        return _summarise(plan, sum(sizes), time.perf_counter() - started, phenotypes, simulated=simulated)
+        seconds = time.perf_counter() - started
+        return summarise(plan, unread, sum(sizes), seconds, phenotypes, simulated=simulated)
 
 
 def _while_reachable(
@@ -223,7 +236,7 @@ def _clear_write_errors(out: Place) -> Iterator[None]:
         ) from error
 
 
-def _attributes(source: Place, layout: Layout, settings: IngestSettings, slab: int) -> dict[str, Any]:
+def _attributes(source: Place, layout: Layout, settings: IngestSettings, table: Place | None) -> dict[str, Any]:
     return {
         "intensity": settings.intensity.to_json(),
         "settings": {
@@ -231,8 +244,8 @@ def _attributes(source: Place, layout: Layout, settings: IngestSettings, slab: i
             "layout": str(layout),
             "image": settings.image,
             "space": str(settings.space),
-            "phenotypes": settings.phenotypes.name if settings.phenotypes else None,
-            "slab": slab,
+            "phenotypes": table.name if table else None,
+            "slab": settings.slab,
         },
     }
 
@@ -241,10 +254,7 @@ def _convert(
     task: tuple[int, ScanSource], *, store: Place, grid: Grid, rule: IntensityRule, slab: int, memory: int | None
 ) -> tuple[int, ConvertedScan]:
     number, source = task
-    converted = convert_scan(source, number, store, grid, rule, slab, memory)
-    if converted.row.status != "ok":
-        remove_shard(shard_path(store, number))  # of what the file held before
-    return number, converted
+    return number, convert_scan(source, number, store, grid, rule, slab, memory)
 
 
 def _lost(task: tuple[int, ScanSource]) -> tuple[int, ConvertedScan]:
@@ -254,96 +264,14 @@ def _lost(task: tuple[int, ScanSource]) -> tuple[int, ConvertedScan]:
     return number, ConvertedScan(replace(pending_row(source), status="read_error", error=reason))
 
 
-def _check_is_store(out: Place) -> None:
-    if out.exists() and not (out / "zarr.json").is_file():
-        raise StoreError(f"{out} is not a Zarr store; choose another name")
-
-
-def _check_same_settings(store: VolumeStore, settings: IngestSettings, layout: Layout) -> None:
-    """Refuse to add scans to a store in another way than those that it has."""
-    made_with = store.attrs["settings"]
-    asked: dict[str, Any] = {"layout": str(layout), "image": settings.image}
-    if settings.slab is not None:
-        asked["slab"] = settings.slab
-    if settings.space is not Space.auto and GRIDS[_SPACES[settings.space]] != store.grid:
-        asked["space"] = str(settings.space)
-    for name, value in asked.items():
-        if value != made_with[name]:
-            raise StoreError(
-                f"{store.path} was made with {name} {made_with[name]!r}, this run asks for {value!r}; use the same, "
-                "another store, or --overwrite"
-            )
-    if settings.intensity.to_json() != store.attrs["intensity"]:
-        raise StoreError(f"{store.path} was made with the intensity rule {store.attrs['intensity']}; use the same")
-
-
-def _rank(store: VolumeStore) -> int | None:
-    """Return the rank of the scans of a store, so that those of another image that came later are passed over."""
-    modalities = [modality for modality in store.scans["modality"] if modality]  # the withdrawn have none
-    return rank_of(store.attrs["settings"]["layout"], modalities[0]) if modalities else None
-
-
-def _choose_grid(space: Space, sources: list[ScanSource], memory: int | None) -> Grid:
+def _choose_grid(space: Space, sources: list[ScanSource], memory: int | None) -> Grid | None:
+    """Return the grid of a store without volumes; None if it is to be that of the first scan, and none can be read."""
     if space is not Space.auto:
-        return GRIDS[_SPACES[space]]
+        return grid_of(space)
     for source in sources:
         try:
             volume, _ = load_volume(source, memory)
         except ScanError:
             continue
         return GRIDS[volume_space(source, volume)]
-    return GRIDS[NATIVE]
-
-
-def _phenotypes(
-    source: Place, layout: Layout, table: Place | None, rows: list[ScanRow], store: VolumeStore | None
-) -> Phenotypes | None:
-    """Join the table that is given; without one a store that has phenotypes keeps them, and new rows have none."""
-    if table is None and layout is Layout.bids and (source / "participants.tsv").is_file():
-        table = source / "participants.tsv"
-    if table is not None:
-        with local_copy(table) as copy:
-            joined = join_phenotypes(copy, [row.participant for row in rows], [row.session for row in rows])
-        dropped = sorted(set(store.phenotypes.columns) - set(joined.table.columns)) if store else []
-        if dropped:
-            warning = f"{table.name} lacks {', '.join(dropped)}, which the store had from an older table, and loses now"
-            joined = replace(joined, warnings=[*joined.warnings, warning])
-        return joined
-    if store is None or not len(store.phenotypes.columns) or len(store.scans) == len(rows):
-        return None
-    added = len(rows) - len(store.scans)
-    warning = f"{added} new scans have no phenotypes; give the table again with --phenotypes"
-    return Phenotypes(store.phenotypes.reindex(range(len(rows))), store.variables, [warning])
-
-
-def _summarise(
-    plan: Plan, read: int, seconds: float, phenotypes: Phenotypes | None, *, simulated: bool
-) -> IngestSummary:
-    rows = plan.rows
-    warnings = list(phenotypes.warnings) if phenotypes else []
-    cut = [row for row in rows if row.cut_off_voxels]
-    if cut:
-        worst = max(cut, key=lambda row: row.cut_off_voxels)
-        warnings.append(
-            f"{len(cut)} scans have positive voxels outside the grid: at most {worst.cut_off_voxels}, "
-            f"{worst.cut_off_voxels / (worst.cut_off_voxels + worst.brain_voxels):.1%} of the scan, in {worst.source}"
-        )
-    status = Counter(row.status for row in rows)
-    return IngestSummary(
-        scans=len(rows),
-        status=dict(sorted(status.items())),
-        seconds=round(seconds, 3),
-        bytes=read,
-        volumes_per_second=round(sum(rows[number].status == "ok" for number in plan.todo) / seconds, 3),
-        new=plan.new,
-        changed=plan.changed,
-        retried=plan.retried,
-        simulated=simulated,
-        failures=[
-            (row.source, row.status, row.error)
-            for row in rows
-            if row.status != "ok" and row.status not in EXPECTED_ABSENCES
-        ],
-        warnings=warnings,
-        bad_values=phenotypes.bad_values if phenotypes else 0,
-    )
+    return None

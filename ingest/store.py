@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import zarr
-from zarr.codecs import ZstdCodec
 
 from ingest import remote_tables
+from ingest.columns import read_columns, write_column
 from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.places import Place, as_place, zarr_store
@@ -144,12 +144,13 @@ def _make_store(folder: Path, rows: Sequence[ScanRow], grid: Grid, slab: int, at
     _write_rows(root.create_group("scans"), rows)
 
 
-def grow_store(path: Place, scans: int) -> None:
-    """Give the ``volumes`` array of a store more rows; the shards that it has stay as they are."""
+def resize_store(path: Place, scans: int) -> None:
+    """Give the ``volumes`` array of a store as many rows as there are scans; shards stay as they are."""
     file = path / "volumes" / "zarr.json"
     meta = json.loads(file.read_text())
-    meta["shape"][0] = scans
-    _replace_file(file, json.dumps(meta, indent=2))
+    if meta["shape"][0] != scans:  # more, or fewer if a run was killed before it wrote the table
+        meta["shape"][0] = scans
+        _replace_file(file, json.dumps(meta, indent=2))
 
 
 def remove_store(path: Place) -> None:
@@ -221,30 +222,6 @@ def _replace_file(path: Place, text: str) -> None:
     temporary.replace(path)
 
 
-def write_column(group: zarr.Group, name: str, values: Any, attrs: Mapping[str, Any] | None = None) -> None:
-    """Write one column: text as Zarr strings, the rest as float64 or int64."""
-    array = np.asarray(values)
-    if array.dtype.kind in "OUT":
-        array = np.array([str(value) for value in array], dtype=np.dtypes.StringDType())
-    elif array.dtype.kind in "iub":
-        array = array.astype(np.int64)
-    else:
-        array = array.astype(np.float64)
-    column = group.create_array(
-        name,
-        shape=array.shape,
-        chunks=(max(1, min(len(array), 1 << 16)),),
-        dtype="string" if array.dtype.kind == "T" else array.dtype,
-        compressors=[ZstdCodec(level=3, checksum=True)],  # a damaged column is found, not believed
-        dimension_names=("scan",),
-        overwrite=True,
-    )
-    if len(array):
-        column[:] = array
-    if attrs:
-        column.attrs.update(attrs)
-
-
 def write_scans(path: Place, rows: Sequence[ScanRow]) -> None:
     """Replace the ``scans/`` columns; a reader finds the old ones or the new ones."""
     _replace_group(path, "scans", lambda group: _write_rows(group, rows))
@@ -256,6 +233,7 @@ def _write_rows(group: zarr.Group, rows: Sequence[ScanRow]) -> None:
     names.sort(key=lambda name: name == "status")
     for name in names:
         write_column(group, name, [getattr(row, name) for row in rows])
+    group.attrs["columns"] = sorted(names)
 
 
 def rows_of(scans: pd.DataFrame) -> list[ScanRow]:
@@ -270,6 +248,7 @@ def write_phenotypes(path: Place, table: pd.DataFrame, variables: Mapping[str, M
     def write(group: zarr.Group) -> None:
         for name in table.columns:
             write_column(group, str(name), table[name].to_numpy(np.float64), variables.get(str(name)))
+        group.attrs["columns"] = sorted(map(str, table.columns))
 
     _replace_group(path, "phenotypes", write)
 
@@ -280,19 +259,6 @@ def set_attributes(path: Place, attrs: Mapping[str, Any]) -> None:
     meta = json.loads(file.read_text())
     meta["attributes"] = {**meta.get("attributes", {}), **attrs}
     _replace_file(file, json.dumps(meta, indent=2))
-
-
-def read_columns(root: zarr.Group, name: str) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """Read every column of the group `name`, and the attributes of each; an absent group has no columns."""
-    columns: dict[str, np.ndarray] = {}
-    attrs: dict[str, dict[str, Any]] = {}
-    group = root.get(name)
-    if isinstance(group, zarr.Group):
-        for column, array in sorted(group.arrays()):
-            values = np.asarray(array[:])
-            columns[column] = values.astype(object) if values.dtype.kind in "OUT" else values
-            attrs[column] = dict(array.attrs)
-    return pd.DataFrame(columns), attrs
 
 
 def check_format(attrs: Mapping[str, Any], path: Place, *, name: str, known: int) -> None:
@@ -328,28 +294,32 @@ def open_store(path: str | Place) -> VolumeStore:
     if not (path / "zarr.json").is_file():
         raise FileNotFoundError(f"no store at {path}; make one with: ingest SRC {path}")
     with quiet_zarr():
-        root = zarr.open_group(zarr_store(path), mode="r", zarr_format=3)
-        attrs = json.loads(json.dumps(dict(root.attrs)))
-        check_format(attrs, path, name=FORMAT, known=FORMAT_VERSION)
-        if "scans/status" not in root:
-            raise StoreError(f"{path} is unfinished: its scans/status column is absent; run ingest on it again")
-        volumes = root["volumes"]
-        assert isinstance(volumes, zarr.Array)
         try:
+            root = zarr.open_group(zarr_store(path), mode="r", zarr_format=3)
+            attrs = json.loads(json.dumps(dict(root.attrs)))
+            check_format(attrs, path, name=FORMAT, known=FORMAT_VERSION)
+            grid, slab = Grid.from_json(attrs["grid"]), int(root["volumes"].chunks[1])  # type: ignore[union-attr]
             scans, _ = read_columns(root, "scans")
             phenotypes, variables = read_columns(root, "phenotypes")
-        except ValueError as error:
-            if "must be of the same length" not in str(error):
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, StoreError):
                 raise
-            raise StoreError(
-                f"the columns of {path} differ in length: another process is writing them, or was killed at it; wait "
-                "for it, or run the same ingest again"
-            ) from None
+            if "must be of the same length" in str(error):
+                raise StoreError(
+                    f"the columns of {path} differ in length: another process is writing them, or was killed at it; "
+                    "wait for it, or run the same ingest again"
+                ) from None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise StoreError(f"{path} is damaged ({reason}); copy it again, or ingest with --overwrite") from error
+    absent = {field.name for field in fields(ScanRow)} - set(scans.columns)
+    if absent:
+        name = f"scans/{min(absent)}"
+        raise StoreError(f"{path} is damaged: its column {name} is absent; copy it again, or ingest with --overwrite")
     return VolumeStore(
         path=path,
         attrs=attrs,
-        grid=Grid.from_json(attrs["grid"]),
-        slab=int(volumes.chunks[1]),
+        grid=grid,
+        slab=slab,
         scans=scans,
         phenotypes=phenotypes.reindex(range(len(scans))),
         variables=variables,

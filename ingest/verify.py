@@ -30,6 +30,7 @@ from ingest.checks import (
 from ingest.convert import convert_scan, pending_row
 from ingest.decode import decode_shard
 from ingest.errors import StoreError
+from ingest.existing import behind_links
 from ingest.grid import Grid
 from ingest.intensity import IntensityRule
 from ingest.layouts import Layout, find_scans
@@ -148,7 +149,7 @@ def verify(
         sources.
     """
     started = time.perf_counter()
-    store, against = as_place(store), None if against is None else as_place(against)
+    store, against = behind_links(as_place(store)), None if against is None else as_place(against)
     if not (store / "zarr.json").is_file():
         raise FileNotFoundError(f"no store at {store}; make one with: ingest SRC {store}")
     if repair and against is None:

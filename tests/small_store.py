@@ -10,7 +10,7 @@ import numpy as np
 from ingest.grid import Grid
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_path, write_shard
-from ingest.store import create_store, grow_store, write_scans
+from ingest.store import create_store, resize_store, write_scans
 
 SHAPE = (16, 12, 8)  # z, y, x
 SLAB = 4
@@ -19,7 +19,7 @@ SLAB = 4
 def make_store(path: Path, scans: int, *, bad: Sequence[int] = (), seed: int = 0) -> np.ndarray:
     """Write a store whose rows `bad` hold no volume; return the voxels, uint8 (scan, z, y, x)."""
     create_store(path, [], Grid(SHAPE, 1.0, tuple(map(tuple, np.eye(4).tolist())), "native"), slab=SLAB)
-    grow_store(path, scans)
+    resize_store(path, scans)
     voxels = np.random.default_rng(seed).integers(0, 256, (scans, *SHAPE), dtype=np.uint8)
     voxels[:, : SLAB + 1] = 0  # empty slabs are stored too
     rows = []

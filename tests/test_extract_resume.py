@@ -39,7 +39,7 @@ from extract.run import scans_table
 from ingest.errors import StoreError
 from ingest.lock import store_lock
 from ingest.shard import encode_shard, shard_path, write_shard
-from ingest.store import grow_store, open_store, rows_of, write_phenotypes, write_scans
+from ingest.store import resize_store, open_store, rows_of, write_phenotypes, write_scans
 from loaders.errors import ShardError
 
 KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "8"))
@@ -159,7 +159,7 @@ def test_of_a_store_that_has_grown_and_changed_only_what_is_new_is_embedded(stor
 
     voxels = np.random.default_rng(5).integers(0, 256, (2, 16, 12, 8), dtype=np.uint8)
     rows = rows_of(open_store(store).scans)
-    grow_store(store, SCANS + 1)
+    resize_store(store, SCANS + 1)
     rows.append(replace(rows[0], participant="new", source="new.nii.gz"))
     rows[7] = replace(rows[7], source_mtime=1.0)  # read again
     rows[9] = replace(rows[9], status="withdrawn", participant="")

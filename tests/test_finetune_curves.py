@@ -35,7 +35,7 @@ from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_path, write_shard
-from ingest.store import create_store, grow_store, open_store, set_attributes, write_phenotypes, write_scans
+from ingest.store import create_store, resize_store, open_store, set_attributes, write_phenotypes, write_scans
 from loaders import View
 
 SHAPE = (16, 20, 16)
@@ -49,7 +49,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     people = np.concatenate([np.arange(PEOPLE), np.arange(3)])
     rng = np.random.default_rng(0)
     create_store(path, [], Grid(SHAPE, 1.0, tuple(map(tuple, np.eye(4).tolist())), "native"), slab=4)
-    grow_store(path, len(people))
+    resize_store(path, len(people))
     sex = rng.permutation(np.arange(PEOPLE) % 2).astype(float)[people]
     age = rng.uniform(45, 80, PEOPLE)[people]
     rows = []

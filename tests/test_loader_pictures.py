@@ -19,7 +19,7 @@ from small_store import SHAPE, SLAB, make_store
 from ingest.grid import NATIVE_GRID
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, index_bytes, shard_path, write_shard
-from ingest.store import VolumeStore, create_store, grow_store, open_store, write_scans
+from ingest.store import VolumeStore, create_store, resize_store, open_store, write_scans
 from loaders import Augmentation, CorruptShardError, View, VolumeReader, open_loader, slices_of
 from loaders.batches import BatchPool
 from loaders.views import plan_picture
@@ -44,7 +44,7 @@ def large(tmp_path_factory) -> VolumeStore:
     """Return a store of two volumes of the usual size, which cannot be compressed: each slab has 123 KB."""
     path = tmp_path_factory.mktemp("pictures") / "large.zarr"
     create_store(path, [], NATIVE_GRID)
-    grow_store(path, 2)
+    resize_store(path, 2)
     rng = np.random.default_rng(0)
     rows = []
     for row in range(2):
