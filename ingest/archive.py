@@ -7,7 +7,9 @@ import os
 import stat
 import struct
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import deflate
@@ -31,7 +33,7 @@ _MAX_GZIP_RATIO = 100  # gzipped data hardly shrink again; deflate's own limit i
 _SMALL = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # magic, flags, lengths of name and extra field
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # the others inflate without a bound on memory
-_PAIR_SUFFIXES = {".img": (".hdr", ".hdr.gz", ".HDR"), ".hdr": (".img", ".img.gz", ".IMG")}
+_PAIR_SUFFIXES = {".img": (".hdr", ".hdr.gz"), ".hdr": (".img", ".img.gz")}
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe (FIFO)",
@@ -90,11 +92,11 @@ def read_scan(source: ScanSource, *, max_bytes: int = MAX_FILE_BYTES) -> ScanCon
     if suffix not in _PAIR_SUFFIXES:
         return ScanContent(_read_file(source.path, max_bytes))
     try:
-        other = next((stem + s for s in _PAIR_SUFFIXES[suffix] if as_place(stem + s).exists()), None)
+        other = next((other for other in _other_halves(stem, suffix) if as_place(other).exists()), None)
     except (OSError, ValueError) as error:
         raise ScanError("read_error", f"{type(error).__name__}: {error}") from None
     if other is None:
-        expected = " or ".join(os.path.basename(stem) + s for s in _PAIR_SUFFIXES[suffix][:2])
+        expected = " or ".join(os.path.basename(stem) + s for s in _PAIR_SUFFIXES[suffix])
         raise ScanError("read_error", f"half of a pair: no {expected} beside it")
     header, image = (other, source.path) if suffix == ".img" else (source.path, other)
     return ScanContent(_read_file(header, max_bytes), image=_read_file(image, max_bytes))
@@ -106,6 +108,15 @@ def _split(path: str) -> tuple[str, str]:
     if suffix.lower() == ".gz":
         stem, suffix = os.path.splitext(stem)
     return stem, suffix.lower()
+
+
+def _other_halves(stem: str, suffix: str) -> Iterator[str]:
+    """Yield what the other half of a pair may be called: in lower case, in capitals, in any mixture of them."""
+    for other in _PAIR_SUFFIXES[suffix]:
+        yield stem + other
+    for other in _PAIR_SUFFIXES[suffix]:
+        for letters in product(*(sorted({letter.upper(), letter}) for letter in other)):
+            yield stem + "".join(letters)
 
 
 def _read_file(path: str, max_bytes: int, *, too_large: str = "unsupported") -> bytes:

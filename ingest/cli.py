@@ -17,6 +17,7 @@ from ingest.default_command import RunByDefault
 from ingest.dictionary import VARIABLES
 from ingest.errors import MemoryBudgetError, ObjectStoreError, SourceError, StoreError, TableError
 from ingest.inspection import summarise_store
+from ingest.interruption import GOES_ON, told_interruption
 from ingest.layouts import Layout
 from ingest.places import Place, as_place
 from ingest.printing import (
@@ -34,12 +35,24 @@ from ingest.report import write_report
 from ingest.run import ingest
 from ingest.scan import EXPECTED_ABSENCES, ScanRow
 from ingest.settings import IngestSettings, Space
-from ingest.simulate import simulate_cohort
+from ingest.simulate import SimulatedLayout, simulate_cohort
 from ingest.store import DEFAULT_SLAB
 from ingest.verify import verify
 from ingest.withdraw import withdraw
+from ingest.workers import SchedulerError
 
 _MOST_ROWS = 10_000  # a page holds the pictures of fewer
+
+#: What to do after Ctrl-C, by command.
+_AFTER_CTRL_C = {
+    "run": GOES_ON,
+    "inspect": "",
+    "withdraw": GOES_ON,
+    "verify": "",
+    "report": "",
+    "dictionary": "",
+    "simulate": "remove DIR, and run the same command again",
+}
 
 
 app = typer.Typer(
@@ -87,7 +100,8 @@ def run_command(
     max_memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Memory of all processes together, e.g. 4GB; with --scheduler, of each worker."
+            metavar="SIZE",
+            help="Memory of all processes together, e.g. 4GB (bytes without a unit); with --scheduler, of each worker.",
         ),
     ] = None,
     slab: Annotated[
@@ -164,8 +178,10 @@ def withdraw_command(
     record = withdraw(list_file, [_place(store) for store in stores])
     if as_json:
         print(json.dumps(record.to_json()))
-        return
-    print_withdrawal(record)
+    else:
+        print_withdrawal(record)
+    if not record.clean:
+        raise typer.Exit(1)
 
 
 @app.command("verify")
@@ -244,12 +260,10 @@ def dictionary_command(as_json: AsJson = False) -> None:
 def simulate_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     participants: Annotated[int, typer.Option(min=1, help="People; about one in twenty has two scans.")],
-    layout: Annotated[Layout, typer.Option(help="ukb (zips) or bids.")] = Layout.ukb,
+    layout: Annotated[SimulatedLayout, typer.Option(help="UK Biobank's zips, or BIDS.")] = SimulatedLayout.ukb,
     seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
 ) -> None:
     """Write a cohort with known effects, for anyone without access to UK Biobank."""
-    if layout not in (Layout.ukb, Layout.bids):
-        raise typer.BadParameter(f"{layout} cohorts are not simulated; choose ukb or bids", param_hint="--layout")
     with progress_bar("simulate", errors) as progress:
         bar = progress.add_task("simulate", total=None)
         scans = simulate_cohort(
@@ -260,7 +274,8 @@ def simulate_command(
             on_plan=lambda scans: progress.update(bar, total=scans),
             on_scan=lambda: progress.advance(bar),
         )
-    console.print(f"{directory}: {scans} scans of {participants} simulated participants", soft_wrap=True)
+    done = f"{directory}: {scans} scans of {participants} simulated participants"
+    console.print(done, soft_wrap=True, highlight=False, markup=False)
 
 
 def _parse_rows(text: str) -> list[int]:
@@ -302,9 +317,11 @@ def main() -> None:
     handler = RichHandler(logging.WARNING, console=errors, show_time=False, show_path=False)
     logging.basicConfig(format="%(message)s", handlers=[handler])
     try:
-        app()
+        with told_interruption(errors, _AFTER_CTRL_C):
+            app()
     except (
-        StoreError, SourceError, TableError, MemoryBudgetError, ObjectStoreError, FileNotFoundError, FileExistsError,
+        StoreError, SourceError, TableError, MemoryBudgetError, ObjectStoreError, SchedulerError, FileNotFoundError,
+        FileExistsError,
     ) as error:  # fmt: skip
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)

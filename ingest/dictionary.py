@@ -35,7 +35,7 @@ class Variable:
     coding
         Number of UK Biobank's data-coding, None for a field that has none.
     labels
-        Code -> label, for codings, in UK Biobank's words. Codes below 0 always mean missing.
+        Code -> label, for codings, in UK Biobank's words. In its tables codes below 0 always mean missing.
     missing
         Code -> meaning of the special codes.
     instances
@@ -84,6 +84,30 @@ class Variable:
             "confound": self.confound,
             "source": self.source,
             "url": self.url,
+        }
+
+    def attributes(self, instance: str | None, source: str, missing: str | None) -> dict[str, Any]:
+        """Return what a store says of the variable.
+
+        Parameters
+        ----------
+        instance
+            Which visit its values are of.
+        source
+            How they were come by.
+        missing
+            Which codes were taken as missing, in words.
+        """
+        coding = "UK Biobank" if self.coding is None else f"UK Biobank data-coding {self.coding}"
+        return {
+            "field": self.ukb_field,
+            "instance": instance,
+            "coding": f"{coding}; {missing}" if missing else coding,
+            "units": self.units,
+            "task": self.task,
+            "labels": {str(code): label for code, label in self.labels.items()} or None,
+            "confound": self.confound,
+            "source": source,
         }
 
 

@@ -30,6 +30,7 @@ _PIECE = 16 << 20  # bytes of one request: a slow link gets a deadline per piece
 #: A server that restarts is back by then; one that is not is an error.
 _RETRY = {"max_retries": 100, "retry_timeout": timedelta(seconds=45), "backoff": {"max_backoff": timedelta(seconds=4)}}
 _TIMEOUTS = {"timeout": "120s", "connect_timeout": "10s", "read_timeout": "20s"}
+_process: int | None = None  # that has made clients
 
 
 @dataclass(frozen=True, order=True)
@@ -98,7 +99,7 @@ class ObjectPath:
         """Return the bytes of the object, None if there is none."""
         try:
             with clear_errors(self):
-                return int(obstore.head(_client(self.bucket), self.key)["size"]) if self.key else None
+                return int(obstore.head(client(self), self.key)["size"]) if self.key else None
         except FileNotFoundError:
             return None
 
@@ -113,7 +114,7 @@ class ObjectPath:
             If the store does not answer, or refuses.
         """
         with clear_errors(self):
-            return bytes(obstore.get(_client(self.bucket), self.key).bytes())
+            return bytes(obstore.get(client(self), self.key).bytes())
 
     def read_pieces(self, size: int) -> bytes:
         """Return the first `size` bytes of the object, requested by pieces so that a slow link gets them all."""
@@ -121,14 +122,14 @@ class ObjectPath:
         with clear_errors(self):
             while len(content) < size:
                 end = min(size, len(content) + _PIECE)
-                content += obstore.get_range(_client(self.bucket), self.key, start=len(content), end=end)
+                content += obstore.get_range(client(self), self.key, start=len(content), end=end)
         return bytes(content)
 
     def read_tail(self, nbytes: int) -> tuple[bytes, int]:
         """Return the last bytes of the object, all if it has fewer, and how many it has."""
         try:
             with clear_errors(self):
-                found = obstore.get(_client(self.bucket), self.key, options={"range": {"suffix": nbytes}})
+                found = obstore.get(client(self), self.key, options={"range": {"suffix": nbytes}})
                 return bytes(found.bytes()), int(found.meta["size"])
         except ObjectStoreError as error:
             if "416 Range Not Satisfiable" not in str(error):
@@ -141,7 +142,7 @@ class ObjectPath:
             return []
         starts, ends = zip(*ranges, strict=True)
         with clear_errors(self):
-            found = obstore.get_ranges(_client(self.bucket), self.key, starts=starts, ends=ends, coalesce=0)
+            found = obstore.get_ranges(client(self), self.key, starts=starts, ends=ends, coalesce=0)
             return [bytes(piece) for piece in found]
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -151,7 +152,7 @@ class ObjectPath:
     def write_bytes(self, content: bytes) -> None:
         """Write the object, at once or not at all."""
         with clear_errors(self):
-            obstore.put(_client(self.bucket), self.key, content, use_multipart=False)
+            obstore.put(client(self), self.key, content, use_multipart=False)
 
     def write_text(self, text: str) -> None:
         """Write the object, at once or not at all."""
@@ -166,7 +167,7 @@ class ObjectPath:
         """Remove objects of one bucket, a thousand in a request."""
         if places:
             with clear_errors(places[0]):
-                obstore.delete(_client(places[0].bucket), [place.key for place in places])
+                obstore.delete(client(places[0]), [place.key for place in places])
 
     def below(self) -> Iterator[tuple[ObjectPath, int, float]]:
         """Yield (place, bytes, seconds since 1970) of every object below, page by page.
@@ -178,7 +179,7 @@ class ObjectPath:
         while True:
             try:
                 with clear_errors(self):
-                    for page in obstore.list(_client(self.bucket), prefix or None, offset=last):
+                    for page in obstore.list(client(self), prefix or None, offset=last):
                         for entry in page:
                             last, attempt = entry["path"], 0
                             place = ObjectPath(self.bucket, entry["path"])
@@ -242,12 +243,26 @@ def zarr_store(place: Place) -> Path | ObjectStore:
     """Return what zarr opens to read what lies at a place: the folder, or a store of its own for objects."""
     if isinstance(place, Path):
         return place
-    return ObjectStore(_client(place.bucket, place.key), read_only=True)
+    return ObjectStore(client(place, place.key), read_only=True)
 
 
-def client(place: ObjectPath) -> S3Store:
-    """Return obstore's client for the bucket of a place."""
-    return _client(place.bucket)
+def client(place: ObjectPath, prefix: str | None = None) -> S3Store:
+    """Return obstore's client for the bucket of a place, or for what lies there below a prefix.
+
+    Raises
+    ------
+    ObjectStoreError
+        In a process that was forked from one that has used a client: obstore's threads are not there, and a new client
+        would wait for them for ever like an old one.
+    """
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise ObjectStoreError(
+            f"{place} cannot be used in process {os.getpid()}, which was forked from one that has used {_SCHEME}; "
+            'start processes by spawn or forkserver: DataLoader(..., multiprocessing_context="spawn")'
+        )
+    return _client(place.bucket, prefix)
 
 
 @functools.lru_cache(maxsize=8)

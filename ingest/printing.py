@@ -26,6 +26,8 @@ def print_ingest(summary: IngestSummary, out: str) -> None:
     """Print what a run did; failures and warnings go to stderr."""
     counts = ", ".join(f"{count} {status}" for status, count in summary.status.items())
     done = f"{summary.new} new, {summary.changed} changed, {summary.retried} tried again"
+    if summary.left:
+        done += f", {summary.left} left from before"
     if summary.new < summary.scans:
         counts += f"; {done}"
     console.print(
@@ -35,11 +37,13 @@ def print_ingest(summary: IngestSummary, out: str) -> None:
         + (", simulated data" if summary.simulated else ""),
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
     for source, status, reason in summary.failures[:_SHOWN_FAILURES]:
         errors.print(f"{status}: {source}: {reason}", soft_wrap=True, highlight=False, markup=False)
     if len(summary.failures) > _SHOWN_FAILURES:
-        errors.print(f"... and {len(summary.failures) - _SHOWN_FAILURES} more; see the column scans/error of {out}")
+        more = f"... and {len(summary.failures) - _SHOWN_FAILURES} more; see the column scans/error of {out}"
+        errors.print(more, soft_wrap=True, highlight=False, markup=False)
     for warning in summary.warnings:
         errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
 
@@ -139,3 +143,5 @@ def print_withdrawal(record: AuditRecord) -> None:
             markup=False,
         )
     console.print("Make reports that show brains again, and look for copies elsewhere.", highlight=False)
+    for warning in record.warnings:
+        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)

@@ -23,6 +23,7 @@ from ingest.errors import TableError
 _TABS = (".tsv", ".tab", ".txt")
 _BLOCK_BYTES = (2 << 20, 256 << 20)  # a row must fit; nearly all do in the first, which takes little memory
 _MOST_BLANK_LINES = 100
+_DECIMAL_COMMA = r"^([+-]?[0-9]+),([0-9]+)$"  # where it is the decimal mark, semicolons separate the columns
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Columns:
     ----------
     cells
         Text without blanks around it, "" where there is nothing; a column is called by its position in the table.
+        Decimal commas, of tables with semicolons, are decimal points.
     odd_rows
         Numbers of the rows that have more or fewer fields than the header (which is row 1). They are left out.
     """
@@ -115,6 +117,8 @@ def read_columns(table: Table, positions: Sequence[int]) -> Columns:
             problem = str(error)
             continue
         stripped = cells.to_pandas().apply(lambda column: column.str.strip())
+        if table.separator == ";":
+            stripped = stripped.replace(_DECIMAL_COMMA, r"\1.\2", regex=True)
         return Columns(stripped.set_axis(list(positions), axis="columns"), odd)
     raise TableError(f"{table.path} cannot be read as a table in UTF-8: {problem}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ingest.errors import StoreError, TableError
+from ingest.errors import StoreError
 from ingest.journal import read_journal, remove_journal
 from ingest.lock import store_lock
-from ingest.phenotypes import ID_COLUMNS, participant_key
+from ingest.people import participant_key
 from ingest.places import Place, as_place
 from ingest.scan import ScanRow
 from ingest.shard import remove_shard, shard_path
@@ -33,12 +32,16 @@ from ingest.store import (
     write_scans,
 )
 from ingest.withdraw_tables import is_run, is_table, remove_from_run, remove_from_table
+from ingest.withdrawal_list import read_withdrawals
 
 #: What every page that this package writes begins with.
 _REPORT_MARK = b'<meta name="generator" content="brain-volumes'
 
 _CHECKSUM = re.compile("[0-9a-f]{32,}")  # or the random id of a store
 _LONG_ID, _SHORT_ID = 6, 3  # characters
+
+#: What is removed whole, whoever is in it.
+_WHOLE = frozenset({"report", "unfinished embeddings"})
 
 #: What is left of a scan: its row, so that all others keep their numbers. No identity, no numbers.
 TOMBSTONE = ScanRow(participant="", session="", modality="", source="", status="withdrawn")
@@ -57,6 +60,8 @@ class Removal:
         unfinished embeddings, which are removed whole.
     bytes_deleted
         Of voxels, features, or the page.
+    withdrawn_before
+        Scans of volumes that were withdrawn by an earlier call; nobody knows any more whose.
     """
 
     store: str
@@ -64,6 +69,7 @@ class Removal:
     people: int
     scans: int
     bytes_deleted: int
+    withdrawn_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class AuditRecord:
     ----------
     list_sha256
         Of the file, so that the record can be matched with the list.
+    people_not_found
+        How many people of the list were in no store; None if nothing was searched but what is removed whole.
     """
 
     date: str
@@ -81,31 +89,34 @@ class AuditRecord:
     list_sha256: str
     people_on_list: int
     removals: list[Removal]
+    people_not_found: int | None = None
+
+    @property
+    def clean(self) -> bool:
+        """Whether somebody was found, or may have been withdrawn before."""
+        nobody = self.people_not_found == self.people_on_list
+        return not nobody or any(removal.withdrawn_before for removal in self.removals)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Say how many people of the list were in no store."""
+        if not self.people_not_found:
+            return []
+        if self.people_not_found < self.people_on_list:
+            whom = f"{self.people_not_found} of {self.people_on_list} people on {self.list_name}"
+            return [f"{whom} are in none of these stores"]
+        nobody = f"none of the {self.people_on_list} people on {self.list_name} is in any of these stores"
+        before = sum(removal.withdrawn_before for removal in self.removals)
+        if before:
+            return [f"{nobody}; {before} scans were withdrawn before, of whom is not kept"]
+        return [f"{nobody}; are the ids those of another project, or were they removed before?"]
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as printed by ``--json``."""
-        return asdict(self)
+        return asdict(self) | {"warnings": self.warnings}
 
 
-def read_withdrawals(path: Path) -> frozenset[str]:
-    """Read a list of participants: the first column of a CSV file, with or without a header.
-
-    Raises
-    ------
-    TableError
-        If there is no file, no text, or nobody in it.
-    """
-    if not path.is_file():
-        raise TableError(f"no list of withdrawals at {path}; expected a file with one participant id a line")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            ids = {participant_key(row[0]) for row in csv.reader(file) if row and row[0].strip()}
-    except UnicodeDecodeError:
-        raise TableError(f"{path} is not a text in UTF-8; expected one participant id a line") from None
-    ids = {one for one in ids if one.lower() not in ID_COLUMNS}  # a header
-    if not ids:
-        raise TableError(f"{path} names nobody; expected one participant id a line")
-    return frozenset(ids)
+_Done = tuple[Removal, set[str]]  # with who was found, which no record keeps
 
 
 def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
@@ -116,7 +127,7 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
     fine-tuning runs see `ingest.withdraw_tables.remove_from_run`.
     Report pages (.html), which show brains, are removed whole, after everything else. It may be killed at any moment
     and called again: voxels go first and the names last, so nothing of a person can be left behind that a second call
-    would not find.
+    would not find, or that a later `ingest` would bring back.
 
     Raises
     ------
@@ -128,18 +139,24 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
     people = read_withdrawals(list_file)
     kinds = [(_kind(place), place) for place in map(_followed, stores)]
     kinds.sort(key=lambda pair: pair[0] == "report")  # one that is being made looks at its store when it is written
-    removals = []
+    removals: list[Removal] = []
+    found: set[str] = set()
     for kind, store in kinds:
         if kind == "volumes":
-            removals.append(_from_volumes(store, people))
-        elif isinstance(store, Path):
-            removals += _OF_FILES[kind](store, people)
+            done = [_from_volumes(store, people)]
+        else:
+            assert isinstance(store, Path)
+            done = _OF_FILES[kind](store, people)
+        removals += [removal for removal, _ in done]
+        found.update(*(theirs for _, theirs in done))
+    searched = any(removal.kind not in _WHOLE for removal in removals)
     return AuditRecord(
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         list_name=list_file.name,
         list_sha256=hashlib.sha256(list_file.read_bytes()).hexdigest(),
         people_on_list=len(people),
         removals=removals,
+        people_not_found=len(people - found) if searched else None,
     )
 
 
@@ -180,29 +197,33 @@ def _kind(store: Place) -> str:
     return "embeddings"
 
 
-def _from_volumes(store: Place, people: frozenset[str]) -> Removal:
+def _from_volumes(store: Place, people: frozenset[str]) -> _Done:
     with store_lock(store):
         recover_store(store)
         opened = open_store(store)
         rows = rows_of(opened.scans)
         finished, simulated = read_journal(store, opened.attrs["store_id"])  # of a run that was killed
-        for number, row in finished.items():
-            rows[number] = row
+        simulated |= bool(opened.attrs["simulated"])
+        if finished:  # into the table, before anybody is removed: whatever a journal says, the next run takes over
+            for number, row in finished.items():
+                rows[number] = row
+            set_attributes(store, {"simulated": simulated})
+            write_scans(store, rows)
+        remove_journal(store)
         theirs = [number for number, row in enumerate(rows) if participant_key(row.participant) in people]
         found = {participant_key(rows[number].participant) for number in theirs}
         tombstones = [number for number, row in enumerate(rows) if row.status == TOMBSTONE.status]
         deleted = sum(_remove_voxels(store, number) for number in [*theirs, *tombstones])
-        if theirs or finished:
+        if theirs:
             phenotypes = opened.phenotypes.copy()
             phenotypes.iloc[theirs] = np.nan
             if len(phenotypes.columns):
                 write_phenotypes(store, phenotypes, opened.variables)
-            set_attributes(store, _without(opened.attrs, found) | {"simulated": opened.attrs["simulated"] or simulated})
+            set_attributes(store, _without(opened.attrs, found) | {"simulated": simulated})
             for number in theirs:
                 rows[number] = replace(TOMBSTONE)
             write_scans(store, rows)  # the names, last
-        remove_journal(store)
-    return Removal(store.name, "volumes", len(found), len(theirs), deleted)
+    return Removal(store.name, "volumes", len(found), len(theirs), deleted, len(tombstones)), found
 
 
 def _remove_voxels(store: Place, number: int) -> int:
@@ -212,23 +233,23 @@ def _remove_voxels(store: Place, number: int) -> int:
     return size
 
 
-def _remove_report(page: Path, _: frozenset[str]) -> list[Removal]:
+def _remove_report(page: Path, _: frozenset[str]) -> list[_Done]:
     size = page.stat().st_size
     page.unlink()
-    return [Removal(page.name, "report", 0, 0, size)]
+    return [(Removal(page.name, "report", 0, 0, size), set())]
 
 
-def _from_predictions(path: Path, people: frozenset[str]) -> list[Removal]:
+def _from_predictions(path: Path, people: frozenset[str]) -> list[_Done]:
     with store_lock(path):
         found, rows = remove_from_table(path, people)
-    return [Removal(path.name, "predictions", found, rows, 0)]
+    return [(Removal(path.name, "predictions", len(found), rows, 0), found)]
 
 
-def _from_run(folder: Path, people: frozenset[str]) -> list[Removal]:
+def _from_run(folder: Path, people: frozenset[str]) -> list[_Done]:
     with store_lock(folder):
-        inside = [removal for path in folder.glob("embeddings.*") for removal in _from_embeddings(path, people)]
+        inside = [done for path in folder.glob("embeddings.*") for done in _from_embeddings(path, people)]
         found, rows, deleted = remove_from_run(folder, people, lambda document: _without(document, people))
-    return [*inside, Removal(folder.name, "run", found, rows, deleted)]
+    return [*inside, (Removal(folder.name, "run", len(found), rows, deleted), found)]
 
 
 def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
@@ -260,18 +281,18 @@ def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
     return {key: clean(item) for key, item in attrs.items()}
 
 
-def _from_embeddings(path: Path, people: frozenset[str]) -> list[Removal]:
+def _from_embeddings(path: Path, people: frozenset[str]) -> list[_Done]:
     from extract.blocks import parts_path, remove_parts
     from extract.embeddings import open_embeddings, remove_unfinished, write_embeddings
 
-    removals = []
+    done: list[_Done] = []
     with store_lock(path):
         remove_unfinished(path)
         parts = parts_path(path)
         if parts.exists():
-            removals.append(Removal(parts.name, "unfinished embeddings", 0, 0, remove_parts(parts)))
+            done.append((Removal(parts.name, "unfinished embeddings", 0, 0, remove_parts(parts)), set()))
         if not path.exists():
-            return removals
+            return done
         embeddings = open_embeddings(path)
         ids = embeddings.scans["participant"].map(participant_key)
         theirs = ids.isin(people).to_numpy()
@@ -286,11 +307,12 @@ def _from_embeddings(path: Path, people: frozenset[str]) -> list[Removal]:
                 attrs=attrs,
             )
             write_embeddings(path, kept)
+    found = set(ids[theirs])
     size = int(theirs.sum()) * embeddings.features[:1].nbytes
-    return [*removals, Removal(path.name, "embeddings", int(ids[theirs].nunique()), int(theirs.sum()), size)]
+    return [*done, (Removal(path.name, "embeddings", len(found), int(theirs.sum()), size), found)]
 
 
-_OF_FILES: dict[str, Callable[[Path, frozenset[str]], list[Removal]]] = {
+_OF_FILES: dict[str, Callable[[Path, frozenset[str]], list[_Done]]] = {
     "embeddings": _from_embeddings,
     "predictions": _from_predictions,
     "run": _from_run,

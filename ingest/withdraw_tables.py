@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ingest.errors import StoreError
-from ingest.phenotypes import participant_key
+from ingest.people import participant_key
 
 _COLUMN = "participant"
 
@@ -39,13 +39,15 @@ def is_run(path: Path) -> bool:
     return path.is_dir() and (path / _SPLIT).is_file() and not (path / "zarr.json").exists()
 
 
-def remove_from_table(path: Path, people: frozenset[str]) -> tuple[int, int]:
+def remove_from_table(path: Path, people: frozenset[str]) -> tuple[set[str], int]:
     """Remove the rows of people from a table, which is replaced at once.
 
     Returns
     -------
-    people, rows
-        That were removed.
+    people : set of str
+        Who were in it.
+    rows : int
+        How many of theirs.
     """
     table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.suffix == ".csv" else pd.read_parquet(path)
     ids = table[_COLUMN].astype(str).map(participant_key)
@@ -56,10 +58,10 @@ def remove_from_table(path: Path, people: frozenset[str]) -> tuple[int, int]:
             _replace(path, lambda aside: kept.to_csv(aside, index=False))
         else:
             _replace(path, lambda aside: kept.to_parquet(aside, index=False))
-    return int(ids[theirs].nunique()), int(theirs.sum())
+    return set(ids[theirs]), int(theirs.sum())
 
 
-def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any], Any]) -> tuple[int, int, int]:
+def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any], Any]) -> tuple[set[str], int, int]:
     """Remove people from the files of a run, and of all runs of a curve.
 
     Their rows go from the split and the predictions, their file names from the reasons why scans were left out. Pages,
@@ -73,10 +75,13 @@ def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any
 
     Returns
     -------
-    people, rows, bytes
-        Of the split and of the predictions, and of the pages.
+    people : set of str
+        Who were in a split.
+    rows, bytes : int
+        Of the predictions, and of the pages.
     """
-    found, rows, deleted = 0, 0, 0
+    found: set[str] = set()
+    rows = deleted = 0
     for split in sorted(folder.rglob(_SPLIT)):
         run = split.parent
         for page in _PAGES:
@@ -91,7 +96,7 @@ def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any
         for table in run.glob("*.parquet"):
             if is_table(table):
                 rows += remove_from_table(table, people)[1]
-        found = max(found, remove_from_table(split, people)[0])  # the names, last
+        found |= remove_from_table(split, people)[0]  # the names, last
     return found, rows, deleted
 
 

@@ -274,7 +274,11 @@ def test_files_of_absurd_size_are_not_read(tmp_path):
 # Pairs
 
 
-@pytest.mark.parametrize(("image", "header"), [(".img", ".hdr"), (".img.gz", ".hdr.gz"), (".img.gz", ".hdr")])
+@pytest.mark.parametrize(
+    ("image", "header"),
+    [(".img", ".hdr"), (".img.gz", ".hdr.gz"), (".img.gz", ".hdr"), (".IMG", ".HDR"), (".Img", ".Hdr"),
+     (".img", ".HDR.gz"), (".IMG.GZ", ".hdr")],
+)  # fmt: skip
 def test_pairs_are_read_from_either_half(tmp_path, image, header):
     data = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     nib.save(nib.Nifti1Pair(data, np.eye(4)), tmp_path / "a.b.img")

@@ -14,14 +14,17 @@ import pytest
 import zarr
 from conftest import ellipsoid, write_nifti
 from killed import DIED, die_at, withdraw_in
+from small_store import make_store
 
 from extract import Embeddings, open_embeddings, write_embeddings
 from finetune.split import Split, read_split, write_split
 from ingest import IngestSettings, ingest, open_store
 from ingest.errors import StoreError, TableError
+from ingest.journal import open_journal, read_journal
 from ingest.lock import store_lock
 from ingest.report import write_report
-from ingest.withdraw import _without, read_withdrawals, withdraw
+from ingest.store import recover_store, rows_of
+from ingest.withdraw import _without, withdraw
 from loaders import VolumeReader, open_loader
 
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
@@ -150,6 +153,30 @@ def test_killed_before_every_third_step(made, tmp_path):
     assert died >= 5
 
 
+def test_killed_at_any_step_a_journal_brings_nobody_back(tmp_path):
+    """What a killed ingest had finished is in its journal, which the next one believes rather than the table."""
+    (tmp_path / "w.csv").write_text("p1\n")
+    died = 0
+    for step in range(1, 30):
+        store = tmp_path / f"{step}.zarr"
+        make_store(store, 3)
+        store_id = open_store(store).attrs["store_id"]
+        with open_journal(store, store_id) as append:
+            for number, row in enumerate(rows_of(open_store(store).scans)):
+                append(number, row, True)
+        code = die_at(step, withdraw, tmp_path / "w.csv", [store])
+        assert code in (0, DIED)
+        died += code == DIED
+        recover_store(store)
+        gone = open_store(store).scans["participant"][1] == ""
+        assert not (gone and 1 in read_journal(store, store_id)[0])
+        if code == 0:
+            break
+    assert died >= 6
+    assert list(open_store(store).scans["participant"]) == ["p0", "", "p2"]
+    assert open_store(store).attrs["simulated"]
+
+
 def test_reports_are_removed_and_other_pages_are_not(place):
     write_report(place / "s.zarr", place / "qc.html")
     (place / "mine.html").write_text("<html>my own page</html>")
@@ -193,10 +220,26 @@ def test_lists_and_stores_that_cannot_be_used(place):
     assert decoded(place / "s.zarr") == before  # all stores are looked at before one is touched
     with store_lock(place / "s.zarr"), pytest.raises(StoreError, match="is being written"):
         withdraw(people, [place / "s.zarr"])
-    (place / "header.csv").write_text("Participant ID\n9000003\n")
-    assert read_withdrawals(place / "header.csv") == {"9000003"}
-    (place / "bids.csv").write_text("﻿participant_id\nsub-01,remark\n 02 \n")
-    assert read_withdrawals(place / "bids.csv") == {"01", "02"}
+
+
+def test_people_who_are_in_no_store_are_counted(place):
+    """Nobody is not what was asked for, unless it was done before: then there are tombstones, or nobody can tell."""
+    people, others = place / "w1234_20261124.csv", place / "others.csv"
+    others.write_text("8000001\n8000002\n")
+    nobody = withdraw(others, [place / "s.zarr", place / "e.h5"])
+    assert (nobody.people_not_found, nobody.clean) == (2, False)
+    assert "none of the 2 people" in nobody.warnings[0]
+    assert nobody.to_json()["warnings"] == nobody.warnings
+    first = withdraw(people, [place / "s.zarr", place / "e.h5"])
+    assert (first.people_not_found, first.clean) == (1, True)
+    assert first.warnings == ["1 of 2 people on w1234_20261124.csv are in none of these stores"]
+    again = withdraw(people, [place / "s.zarr", place / "e.h5"])
+    assert (again.people_not_found, again.clean) == (2, True)
+    assert "1 scans were withdrawn before" in again.warnings[0]
+    assert not withdraw(people, [place / "e.h5"]).clean  # which keeps no tombstones
+    write_report(place / "s.zarr", place / "qc.html")
+    page = withdraw(people, [place / "qc.html"])  # nobody knows whom it shows
+    assert (page.people_not_found, page.clean, page.warnings) == (None, True, [])
 
 
 def test_command_line(place):
@@ -210,6 +253,10 @@ def test_command_line(place):
     assert [removal["scans"] for removal in json.loads(done.stdout)["removals"]] == [1, 1]
     done = run("withdraw", "w1234_20261124.csv", "s.zarr")
     assert "removed 0 people" in done.stdout
+    assert done.returncode == 0  # done before: there are tombstones
+    done = run("withdraw", "w1234_20261124.csv", "e.h5")
+    assert done.returncode == 1
+    assert "none of the 2 people" in done.stderr
     done = run("src", "s.zarr")
     assert done.returncode == 1
     assert "--withdrawn LIST" in done.stderr
