@@ -66,10 +66,17 @@ def scans_per_block(batch_size: int, share: int = _SCANS) -> int:
 
 
 def read_settings(parts: Path) -> dict[str, Any] | None:
-    """Return what the blocks were made with, or None if there are none that count."""
+    """Return what the blocks were made with, or None if there are none that count.
+
+    Raises
+    ------
+    StoreError
+        If there is something else at `parts`.
+    """
+    _refuse_others(parts)
     try:
         found = json.loads((parts / _SETTINGS).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
     except ValueError:
         return {}
@@ -87,13 +94,22 @@ def start_parts(parts: Path, settings: Mapping[str, Any]) -> None:
 
 
 def remove_parts(parts: Path) -> int:
-    """Remove the folder, if it is there; return how many bytes it had."""
+    """Remove the folder, if it is there; return how many bytes it had. StoreError if something else is there."""
+    _refuse_others(parts)
     if not parts.exists():
         return 0
     size = sum(file.stat().st_size for file in parts.iterdir())
     (parts / _SETTINGS).unlink(missing_ok=True)  # first: without it no block counts
     shutil.rmtree(parts)
     return size
+
+
+def _refuse_others(parts: Path) -> None:
+    if parts.exists() and not parts.is_dir():
+        raise StoreError(
+            f"{parts} is a file, but unfinished work goes into a folder of that name; remove or rename it, or choose "
+            "another name for the embeddings"
+        )
 
 
 def write_block(

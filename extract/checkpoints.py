@@ -25,6 +25,9 @@ BEST, LAST = "best.pt", "last.pt"
 #: Attribute of a plain state dict that `finetune.export` wrote: what else a checkpoint says.
 NOTE = "brain_volumes"
 
+#: End of the names of whole numbers that batch norms count; who halves all of a network makes fractions of them.
+_COUNT = "num_batches_tracked"
+
 #: What training puts before the names of a network's parameters.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 #: ... and that stands beside other parts, such as a head, which are left out.
@@ -285,7 +288,10 @@ def _misfits(state_dict: Mapping[str, torch.Tensor], model: str) -> list[str]:
     others = [
         name
         for name, value in state_dict.items()
-        if name not in expected and not name.startswith(classifier) and value.is_floating_point()
+        if name not in expected
+        and not name.startswith(classifier)
+        and not name.endswith(_COUNT)
+        and value.is_floating_point()
     ]
     return problems + [f"its {name[:80]} is unknown" for name in others]
 

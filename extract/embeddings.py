@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from extract.checks import as_numbers, check_features_to_write, check_tables, check_tables_to_write
 from extract.formats import DAMAGE, KINDS
 from extract.tables import Features, Tables, flat_names
 from ingest.errors import StoreError
@@ -80,8 +81,9 @@ class Embeddings:
 
         A phenotype that is called like another column is called ``phenotype_NAME``, as in a parquet file.
         """
-        index = range(len(self.features))
-        parts = [self.scans.set_axis(index), self.phenotypes.reindex(index), pd.DataFrame(self.features)]
+        index = range(len(self.features))  # by place: those of chosen rows have the labels that they had
+        phenotypes = self.phenotypes if len(self.phenotypes.columns) else pd.DataFrame(index=index)
+        parts = [self.scans.set_axis(index), phenotypes.set_axis(index), pd.DataFrame(self.features)]
         names = flat_names(self._tables(), self.features.shape[1])
         return pd.concat(parts, axis="columns").set_axis(names, axis="columns")
 
@@ -98,12 +100,12 @@ class Embeddings:
         Raises
         ------
         ValueError
-            If there is no such phenotype.
+            If there is no such phenotype, or it has texts or dates.
         """
         if target not in self.phenotypes.columns:
             there = ", ".join(map(str, self.phenotypes.columns)) or "none"
             raise ValueError(f"no phenotype {target!r} in the embeddings; there are: {there}")
-        y = self.phenotypes[target].to_numpy(np.float64)
+        y = as_numbers(self.phenotypes[target], target)
         chosen = ~np.isnan(y) if known_only else np.ones(len(y), np.bool_)
         return Samples(self.features[chosen], y[chosen], self.scans["participant"].to_numpy()[chosen])
 
@@ -149,13 +151,12 @@ def read_tables(path: Path) -> Tables:
     tables = _read_any_tables(path)
     check_format(tables.attrs, path, name=FORMAT, known=FORMAT_VERSION)
     try:
-        _check_tables(tables)
-    except ValueError as error:
-        raise _damaged(path, error) from None
+        tables = check_tables(tables)
+    except DAMAGE as error:
+        raise _damaged(path, error, "correct that in the file, or ") from None
     order = {name: place for place, name in enumerate(("row", *SCAN_COLUMNS))}
     columns = sorted(tables.scans.columns, key=lambda name: order.get(name, len(order)))  # zarr and HDF5 know no order
-    scans = tables.scans[columns]
-    return replace(tables, scans=scans, phenotypes=tables.phenotypes.reindex(range(len(scans))))
+    return replace(tables, scans=tables.scans[columns])
 
 
 def _read_any_tables(path: Path) -> Tables:
@@ -168,17 +169,6 @@ def _read_any_tables(path: Path) -> Tables:
     except (OSError, *DAMAGE) as error:
         raise _damaged(path, error) from None
     return tables
-
-
-def _check_tables(tables: Tables) -> None:
-    scans, phenotypes = tables.scans, tables.phenotypes
-    for name in ("row", "participant"):
-        if name not in scans:
-            raise ValueError(f"it has no column scans/{name}")
-    if scans["row"].dtype.kind not in "iu":
-        raise ValueError(f"scans/row is {scans['row'].dtype}, expected whole numbers")
-    if len(phenotypes.columns) and len(phenotypes) != len(scans):
-        raise ValueError(f"it has phenotypes of {len(phenotypes)} scans and a table of {len(scans)}")
 
 
 def check_replaceable(path: Path) -> None:
@@ -210,9 +200,9 @@ def read_features(path: Path) -> Iterator[np.ndarray]:
         raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, error: BaseException) -> StoreError:
+def _damaged(path: Path, error: BaseException, other_remedy: str = "") -> StoreError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    remedy = f"remove it, and make it again: extract STORE {path}"
+    remedy = f"{other_remedy}remove it, and make it again: extract STORE {path}"
     return StoreError(f"{path} cannot be read as embeddings: {reason}; {remedy}")
 
 
@@ -239,20 +229,15 @@ def write_embeddings(path: str | Path, embeddings: Embeddings) -> None:
     StoreError
         If the name has another ending, or a folder that is no embeddings is there.
     ValueError
-        If features are no finite numbers, or a column has a name that no file can keep.
+        If features are no finite numbers, tables do not fit them, or something in them is nothing that every kind of
+        file keeps: a name that is a path, or that two columns have; a phenotype that is no number; an attribute of
+        another kind than `docs/embeddings.md` says.
     """
-    _check_names(embeddings)
-    features = np.asarray(embeddings.features, np.float32)
-    if not np.isfinite(features).all():
-        raise ValueError("features are no finite numbers; expected a number of each scan and feature")
-    write_file(local_path(path), embeddings._tables(), features.shape, lambda start, stop: features[start:stop])
-
-
-def _check_names(embeddings: Embeddings) -> None:
-    """Refuse names of columns that Zarr and HDF5 take for folders; ingest has made underscores of slashes."""
-    for name in map(str, [*embeddings.scans.columns, *embeddings.phenotypes.columns]):
-        if name in ("", ".", "..") or re.search(r"[/\\]", name):
-            raise ValueError(f"a column is called {name!r}, expected a name without slashes that is no path; rename it")
+    path = local_path(path)
+    check_suffix(path)
+    features = check_features_to_write(embeddings.features)
+    tables = check_tables_to_write(embeddings._tables(), features.shape)
+    write_file(path, tables, features.shape, lambda start, stop: features[start:stop])
 
 
 def write_file(path: Path, tables: Tables, shape: tuple[int, ...], features: Features) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from extract.fast import choose_precision, compile_network, exact_float32
 from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import collapse_to_grey
-from extract.inputs import as_crop, as_size, pictures_of, resize, slices_to_load, target_size
+from extract.inputs import as_crop, as_size, as_slices, pictures_of, resize, slices_to_load, target_size
 from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
 from extract.models import check_picture, family_of, make_network
 from extract.weights import Weights, find_checkpoint, load_weights, sha256_of_parameters
@@ -247,15 +247,13 @@ def build_encoder(
         crop = trained.crop if crop is None else crop
         if size is None and scale is None:
             size, scale = trained.size, trained.scale
-    slices, scale = 3 if slices is None else slices, 1.0 if scale is None else scale
+    slices, scale = as_slices(3 if slices is None else slices), 1.0 if scale is None else scale
     solid = family.axes == 3
     if view is None:
         view = View.volume if solid else View.triplanar
     if (view is View.volume) != solid:
         expected = "volume" if solid else "axial, coronal, sagittal or triplanar"
         raise ValueError(f"view {view!s} does not go with {model}, expected {expected}")
-    if slices < 1:
-        raise ValueError(f"slices is {slices}, expected 1 or more")
     if not 0 <= seed < _SEEDS:
         raise ValueError(f"seed is {seed}, expected 0 or more, and less than 2**63")
     if not 0 < scale <= 1:

@@ -193,6 +193,8 @@ def _what_to_load(volumes: VolumeStore, encoder: Encoder) -> tuple[View, list[in
 
 def wanted_rows(volumes: VolumeStore, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """Return which scans to embed, int64; ValueError if there are none."""
+    if rows is not None and not len(rows):
+        raise ValueError("rows is empty, expected one scan or more; leave it out for all that hold a volume")
     wanted = select_rows(volumes, rows=rows)
     if not len(wanted):
         raise ValueError(f"{volumes.path} holds no volume with status ok; see: ingest inspect {volumes.path}")

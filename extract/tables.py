@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+#: Scans whose features are written and read at a time, at most.
+CHUNK_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class Tables:

@@ -13,11 +13,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from extracting import SETTINGS
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_score
+from small_store import make_store
 
-from extract import Embeddings, open_embeddings, write_embeddings
+from extract import Embeddings, build_encoder, open_embeddings, write_embeddings
 from extract.blocks import parts_path, start_parts, write_block
+from extract.resume import extract_to
 from ingest.errors import StoreError
 from ingest.lock import store_lock
 from ingest.withdraw import withdraw
@@ -228,3 +231,18 @@ def test_people_withdraw_from_work_that_was_never_finished(embeddings, tmp_path)
     record = withdraw(tmp_path / "w.csv", [tmp_path / "e.h5"])
     assert [removal.store for removal in record.removals] == ["e.h5.parts"]
     assert [f.name for f in tmp_path.iterdir()] == ["w.csv"]
+
+
+def test_a_file_where_unfinished_work_goes_stays_and_is_named(embeddings, tmp_path):
+    make_store(tmp_path / "s.zarr", 2)
+    out, encoder = tmp_path / "e.h5", build_encoder(**SETTINGS)
+    parts_path(out).write_text("mine")
+    words = r"e\.h5\.parts is a file, but unfinished work goes into a folder of that name; remove or rename it"
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match=words):
+            extract_to(out, tmp_path / "s.zarr", encoder, overwrite=overwrite)
+    write_embeddings(out, embeddings)
+    (tmp_path / "w.csv").write_text(GONE)
+    with pytest.raises(StoreError, match=words):
+        withdraw(tmp_path / "w.csv", [out])
+    assert parts_path(out).read_text() == "mine"

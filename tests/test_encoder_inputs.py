@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,13 @@ def test_pictures_that_shrink_to_nothing_are_warned_about(model, sizes, words):
     found = about_pictures(model, sizes)
     assert len(found) == bool(words)
     assert words in "".join(found)
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = {"weights": "random", "device": "cpu"}
+    encoder = build_encoder(**settings, size=np.int64(32), slices=np.int32(2))
+    assert (encoder.size, encoder.slices) == ((32, 32), 2)
+    json.dumps(describe(encoder))
 
 
 def test_a_network_of_volumes_has_no_slices():

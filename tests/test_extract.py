@@ -125,6 +125,8 @@ def test_some_rows_alone(store, embedded):
     np.testing.assert_allclose(found.features, embedded.features[[2, 0]], rtol=1e-4, atol=1e-5)
     assert list(found.scans["participant"]) == ["9000004", "9000001"]
     np.testing.assert_array_equal(found.phenotypes["sex"], [1, 1])
+    with pytest.raises(ValueError, match="rows is empty, expected one scan or more"):
+        extract(store, build_encoder(weights="random"), rows=[])
     with pytest.raises(IndexError, match="row 2"):
         extract(store, build_encoder(weights="random"), rows=[2])
 
@@ -193,6 +195,7 @@ def test_pretrained_weights_come_from_torchvisions_cache_and_are_checked(tmp_pat
         ({"view": View.volume}, "expected axial"),
         ({"model": "r3d_18", "view": View.axial}, "expected volume"),
         ({"slices": 0}, "1 or more"),
+        ({"slices": 1.5}, "slices is 1.5, expected a whole number, 1 or more"),
         ({"scale": 2.0}, "at most 1"),
         ({"precision": "double"}, "auto, float32, bfloat16, float16"),
     ],

@@ -89,6 +89,10 @@ def test_files_in_every_form(state, expected, images, tmp_path, form):
 def test_half_precision_and_old_files(state, expected, images, tmp_path):
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     assert_close(features(images, saved(tmp_path / "half.pth", half)), expected, 0.02)
+    everything = {key: value.half() for key, value in state.items()}  # counts of batches, too
+    widened = {key: value.float() for key, value in half.items()}
+    found = features(images, saved(tmp_path / "all.pth", everything))
+    assert torch.equal(found, features(images, saved(tmp_path / "wide.pth", widened)))
     old = saved(tmp_path / "old.pth", state, _use_new_zipfile_serialization=False)
     assert_close(features(images, old), expected)
 
