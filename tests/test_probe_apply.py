@@ -140,7 +140,7 @@ def test_confounds_of_new_people_are_matched_by_label_and_named_where_they_are_u
     np.testing.assert_array_equal(found[6:], expected[6:])
     assert found.between(20, 110).all()  # years: no coefficient has run away
     nowhere = replace(strangers, phenotypes=strangers.phenotypes.assign(site=np.nan))
-    with pytest.raises(ValueError, match="'site' is missing in every scan; add its values, or probe without it"):
+    with pytest.raises(ValueError, match=r"of 'age' needs site, .*'site' is missing in every scan; .*, or fit without"):
         apply_probe(saved, nowhere)
 
 
@@ -179,8 +179,9 @@ def test_other_features_and_missing_confounds_are_refused(path, embeddings):
     saved = load_probe(path)
     with pytest.raises(ValueError, match="24 features, the probe was fitted to 25"):
         apply_probe(saved, replace(embeddings, features=embeddings.features[:, :24]))
-    with pytest.raises(ValueError, match="site"):
-        apply_probe(saved, replace(embeddings, phenotypes=embeddings.phenotypes[["age"]]))
+    for refused in (apply_probe, confound_warnings):
+        with pytest.raises(ValueError, match=r"model of 'sex' needs site .*--phenotypes.*: no phenotype 'site'"):
+            refused(saved, replace(embeddings, phenotypes=embeddings.phenotypes[["age"]]))
     features = embeddings.features.copy()
     features[7, 3] = np.inf
     with pytest.raises(ValueError, match=r"row 7 .* as have 0 more"):
@@ -206,6 +207,10 @@ def test_predictions_are_tables(path, embeddings, tmp_path):
         save_probe(tmp_path / "p.pkl", embeddings, [])
     with pytest.raises(ValueError, match="models of nothing"):
         save_probe(tmp_path / "p.json", embeddings, [])
+    models = load_probe(path).models
+    for name, heading in (("row", "row"), ("participant", "participant"), ("sex=male", "sex=male")):
+        with pytest.raises(ValueError, match=f"would be called '{heading}'; rename"):
+            save_probe(tmp_path / "p.json", embeddings, [models[0], replace(models[1], name=name)])
 
 
 class Explosive:
@@ -229,6 +234,8 @@ def hostile_files(path: Path) -> dict[str, tuple[str | bytes, str]]:
     ragged = model(path, coefficients=[[1.0], [1.0, 2.0]])
     confounds = {**model(path)["confounds"], "coefficients": [[1.0]]}
     labels = {**model(path)["confounds"], "labels": [["1", "2"]]}
+    means = {**model(path)["confounds"], "means": [[0.5, 0.5]]}
+    classes = json.loads(path.read_text())["models"][0]
     return {
         "pickle": (pickle.dumps(Explosive()), "is no saved probe"),
         "npz": (b"PK\x03\x04" + b"\x93NUMPY" * 9, "is no saved probe"),
@@ -239,7 +246,12 @@ def hostile_files(path: Path) -> dict[str, tuple[str | bytes, str]]:
         "a list": ("[]", "holds a list"),
         "a number": ("1" * 5000, "is no saved probe"),
         "another format": (edited(path, format="brain-volumes"), "is not a brain-probe"),
-        "a later version": (edited(path, format_version=2), "format version 2"),
+        "an earlier version": (edited(path, format_version=1), "format version 1"),
+        "a later version": (edited(path, format_version=3), "format version 3"),
+        "no task": (edited(path, models=[model(path, task="guess")]), "'guess' and 0 classes, expected one of"),
+        "a class as a number": (edited(path, models=[{**classes, "task": "continuous"}]), "'continuous' and 2 classes"),
+        "a class without names": (edited(path, models=[{**classes, "labels": []}]), "'binary' and 0 classes"),
+        "means": (edited(path, models=[model(path, confounds=means)]), "2 means of its confounds"),
         "NaN": (edited(path, features=float("nan")), "NaN, which is no number"),
         "too large a number": (path.read_text().replace('"penalty": ', '"penalty": 1e999, "x": '), "is damaged"),
         "no models": (edited(path, models=[]), "models of nothing"),
@@ -250,7 +262,7 @@ def hostile_files(path: Path) -> dict[str, tuple[str | bytes, str]]:
         "other features": (edited(path, features=24), r"expected \(24, 1\)"),
         "ragged": (edited(path, models=[ragged]), "is damaged"),
         "a word": (edited(path, models=[model(path, coefficients=[["x"]] * 25)]), "is damaged"),
-        "a class": (edited(path, models=[model(path, labels=["a"])]), "two or more"),
+        "a class": (edited(path, models=[{**classes, "labels": ["a"]}]), "two or more"),
         "confounds": (edited(path, models=[model(path, confounds=confounds)]), "coefficients of confounds"),
         "labels": (edited(path, models=[model(path, confounds=labels)]), "3 categories of site have 2 labels"),
         "a layer": (edited(path, layer=["x"]), "expected a name"),

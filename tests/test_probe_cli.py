@@ -19,6 +19,7 @@ from extract.probing.cli import main
 from extract.probing.compare import align, differences, probe_all
 from extract.probing.doubts import doubts
 from extract.probing.model import refit
+from extract.probing.printing import print_json
 from extract.probing.settings import ProbeSettings
 from ingest.errors import StoreError
 
@@ -192,6 +193,9 @@ def test_scores_are_printed_though_a_report_cannot_be_written(run, monkeypatch, 
         ({"features": 0.0}, "all 40 features of 2d are the same in every scan"),
         ({"values": np.arange(120) % 4 + 11025}, "the target centre has 4 different whole numbers, from 11025 on"),
         ({"values": np.arange(120) % 4}, ""),
+        ({"values": np.arange(120) % 12, "labels": 12}, "12 classes, the smallest 'place 0' of 10 scans"),
+        ({"values": np.arange(120), "labels": 120}, "120 codes with labels and is taken as a number"),
+        ({"values": np.arange(120) % 12, "labels": 12, "tasks": {"centre": "multiclass"}}, ""),
         ({"values": np.arange(120) % 4 + 11025, "tasks": {"centre": "multiclass"}}, ""),
         ({"values": np.arange(120) % 4 + 11025, "bins": {"centre": 2}}, ""),
         ({"permutations": 19, "bootstrap": 100, "groups": "kin.csv"}, ""),
@@ -205,10 +209,30 @@ def test_doubtful_input_is_warned_about(tmp_path, monkeypatch, options, words):
     cohort, tasks = make_cohort(), options.pop("tasks", {})
     phenotypes = cohort.phenotypes.assign(centre=options.pop("values", cohort.phenotypes["something"]))
     features = cohort.features * options.pop("features", 1.0)
-    named = {"2d": replace(cohort, features=features, phenotypes=phenotypes)}
+    labels = {str(code): f"place {code}" for code in range(options.pop("labels", 0))}
+    variables = {**cohort.variables, "centre": {"labels": labels}}
+    named = {"2d": replace(cohort, features=features, phenotypes=phenotypes, variables=variables)}
     found = doubts(named, ["age", "centre"], tasks=tasks, settings=ProbeSettings(**options))
     assert len(found) == bool(words)
     assert re.search(words, "".join(found))
+
+
+def test_numbers_that_json_has_not_are_null(capsys):
+    print_json({"weights": {"loss": float("nan"), "range": (float("-inf"), 1.0)}, "scores": [np.float64("inf"), 2]})
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed == {"weights": {"loss": None, "range": [None, 1.0]}, "scores": [None, 2]}
+
+
+def test_scans_that_lack_a_confound_are_counted_everywhere(run, folder):
+    arguments = ("2d.h5", "--targets", "sex", "--confounds", "age", "--repeats", 1)
+    code, out, err = run(*arguments, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert err.startswith("warning: 10 of 120 scans lack a confound (age 10) and are left out")
+    assert document["warnings"] == [err.strip().removeprefix("warning: ")]
+    assert document["targets"][0]["n"] == 110
+    assert run(*arguments, "--report", "lost.html")[0] == 0
+    assert "10 of 120 scans lack a confound (age 10)" in (folder / "lost.html").read_text(encoding="utf-8")
 
 
 def test_what_is_unknown_of_confounds_is_said(run, folder):
@@ -253,6 +277,10 @@ def test_a_saved_layer_is_the_one_applied_to(run, folder):
         (["2d.h5", "--curve=many"], 2, ["100,500,1000"]),
         (["2d.h5", "--bins", "age=x"], 2, ["age=55,65"]),
         (["2d.h5", "--bins", "age"], 2, ["NAME=N"]),
+        (["2d.h5", "--bins", "age=2", "--bins", "age=3"], 2, ["age is given 2 times"]),
+        (["2d.h5", "--task", "age=count", "--task", "age=ordinal"], 2, ["age is given 2 times"]),
+        (["2d.h5", "--task", "sex=binary", "--task", "gender=count"], 1, ["'gender' is given 'binary' and 'count'"]),
+        (["noise.zarr", "--layer", "avgpool"], 1, ["does not say which layers it has", "leave out --layer"]),
         (["2d.h5", "--confounds", "height"], 1, ["height"]),
         (["2d.h5", "--groups", "kin.csv"], 1, ["kin.csv"]),
         (["2d.h5", "--kinship", "0.1"], 1, ["kinship=0.1 needs groups"]),

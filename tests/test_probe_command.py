@@ -86,6 +86,15 @@ def test_command_fails_if_a_named_target_was_skipped(cohort, tmp_path):
     assert "simulated" not in done.stdout
 
 
+def test_command_fails_if_nothing_was_probed(cohort, tmp_path, monkeypatch, capsys):
+    write_embeddings(tmp_path / "emb.h5", replace(cohort, phenotypes=cohort.phenotypes[["age"]] * np.nan))
+    monkeypatch.setattr(sys, "argv", ["probe", str(tmp_path / "emb.h5")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert "skipped: age: every value is missing" in capsys.readouterr().err
+
+
 def test_command_writes_a_report_into_a_new_folder(cohort, tmp_path):
     write_embeddings(tmp_path / "emb.h5", cohort)
     report = tmp_path / "new" / "report.html"

@@ -11,6 +11,7 @@ from embedded import make_embeddings
 
 from extract.embeddings import Embeddings
 from extract.probing.compare import align, differences, distinct_names, probe_all
+from extract.probing.folds import rank_summary
 from extract.probing.probe import probe
 from extract.probing.scores import paired_interval
 from extract.probing.settings import ProbeSettings
@@ -117,6 +118,37 @@ def test_differences_are_paired_by_fold(good, bad):
     assert age.to_json()["difference"] == pytest.approx(age.interval.score, rel=1e-5)
     assert {"target", "metric", "name", "reference", "low", "high"} <= set(age.to_json())
     assert [one.results[0].n for one in probed] == [107] * 3
+
+
+def test_perfect_scores_leave_their_differences_open():
+    rng = np.random.default_rng(0)
+    ill = np.arange(60) < 20
+    features = rng.normal(size=(60, 5)) + 40 * ill[:, None] * (np.arange(5) == 0)
+    perfect = make_embeddings(features, {"ill": ill, "told": 2.0 * ill + 1, "other": rng.integers(0, 9, 60)})
+    noise = replace(perfect, features=rng.normal(size=(60, 5)).astype(np.float32))
+    probed = probe_all({"a": perfect, "b": perfect, "noise": noise}, ["ill"], settings=ONCE)
+    same, worse = differences(probed)
+    left_open = 1 - 0.025 ** (1 / 20)  # what 20 of 20 successes leave open
+    assert (same.interval.low, same.interval.high) == pytest.approx((-left_open, left_open))
+    assert worse.interval.high == pytest.approx(worse.interval.score + left_open)
+    (found,) = probe(perfect, ["ill"], settings=ProbeSettings(repeats=1, confounds=("told",)))
+    gain = found.gains["auc"]
+    assert (gain.score, gain.low) == (-0.5, -0.5)  # nothing is left of the features
+    assert gain.high == pytest.approx(-0.5 + left_open)
+    gain = probe(perfect, ["ill"], settings=ProbeSettings(repeats=1, confounds=("other",)))[0].gains["auc"]
+    assert gain.low <= gain.score - left_open + 1e-12
+
+
+def test_what_folds_are_stratified_by_is_computed_once(good, bad, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "extract.probing.probe.rank_summary", lambda values: calls.append(values.shape) or rank_summary(values)
+    )
+    once = ProbeSettings(repeats=1, folds=2)
+    probe_all(align({"good": good, "bad": bad})[0], ["age"], settings=once, curve=[20, 30])
+    assert calls == [(107, 1)]
+    probe(good, ["sex"], settings=once)
+    assert len(calls) == 1, "no regression is asked for"
 
 
 def test_each_is_what_it_is_alone_on_those_scans(good, bad):

@@ -13,9 +13,11 @@ from extract.probing.confounds import (
     fit_coding,
     fit_residualiser,
     match_confounds,
+    missing_warnings,
     number_warnings,
     read_confounds,
 )
+from extract.probing.model import refit
 from extract.probing.probe import probe
 from extract.probing.scores import pearson
 from extract.probing.settings import ProbeSettings
@@ -119,13 +121,44 @@ def test_a_target_is_no_confound_of_itself():
     assert only.metrics == probe(make_cohort(), ["age"], settings=ProbeSettings(repeats=1))[0].metrics
 
 
+def test_scans_that_lack_a_confound_are_left_out():
+    # It stays in their features: with 30 % of them this outcome, which knows age alone, had r = 0.32 and p = 0.01.
+    rng = np.random.default_rng(3)
+    n = 200
+    age = rng.normal(size=n)
+    features = rng.normal(size=(n, 15)) + 5 * age[:, None] * rng.normal(size=15)
+    outcome = rng.normal(size=n) + age
+    known = rng.random(n) > 0.3
+    table = {"age": np.where(known, age, np.nan), "outcome": outcome, "ill": outcome > 0}
+    settings = ProbeSettings(repeats=1, permutations=19, confounds=("age",))
+    embeddings = make_embeddings(features, table)
+    found, ill = probe(embeddings, ["outcome", "ill"], settings=settings)
+    assert (found.n, ill.n, found.headline.holds_chance) == (known.sum(), known.sum(), True)
+    assert found.p_value > 0.05
+    assert f"{n - known.sum()} scans that lack a confound left out" in found.method
+    whole = make_embeddings(features[known], {name: values[known] for name, values in table.items()})
+    assert ill.metrics == probe(whole, ["ill"], settings=settings)[0].metrics
+    assert refit(embeddings, "ill", settings=settings).n == known.sum()
+    values = read_confounds(embeddings, ["age"])
+    assert missing_warnings(values) == [
+        f"{n - known.sum()} of 200 scans lack a confound (age {n - known.sum()}) and are left out, since it could not "
+        "be removed from their features; fill in its values, or name fewer confounds"
+    ]
+    assert missing_warnings(values.rows(known)) == []
+    few = make_embeddings(features, table | {"age": np.where(np.arange(n) < 19, age, np.nan)})
+    skipped = probe(few, ["outcome"], settings=settings)[0].reason
+    assert skipped == "19 participants have a value, at least 20 are needed (181 scans that lack a confound left out)"
+
+
 def test_columns_are_those_of_the_training_side():
     values = np.array([[1.0, 10.0], [2.0, np.nan], [1.0, 30.0], [2.0, 20.0]])
     coding = fit_coding(ConfoundValues(("site", "age"), (True, False), values))
-    np.testing.assert_array_equal(coding.encode(values), [[1, 0, 10, 0], [0, 1, 20, 1], [1, 0, 30, 0], [0, 1, 20, 0]])
-    # A site that training has not seen is in none of its columns; a missing site neither.
+    np.testing.assert_array_equal(coding.encode(values), [[1, 0, 10], [0, 1, 20], [1, 0, 30], [0, 1, 20]])
+    # A site that is missing, or that training has not seen, is the average scan's.
+    rare = fit_coding(ConfoundValues(("site",), (True,), np.array([[1.0], [1], [1], [2], [np.nan]])))
+    np.testing.assert_array_equal(rare.encode(np.array([[3.0], [np.nan], [2.0]])), [[0.75, 0.25], [0.75, 0.25], [0, 1]])
     np.testing.assert_array_equal(
-        coding.encode(np.array([[3.0, 5.0], [np.nan, np.nan]])), [[0, 0, 5, 0], [0, 0, 20, 1]]
+        coding.encode(np.array([[3.0, 5.0], [np.nan, np.nan]])), [[0.5, 0.5, 5], [0.5, 0.5, 20]]
     )
 
 
@@ -146,11 +179,10 @@ def test_columns_that_depend_on_each_other_are_a_least_squares_problem_like_any(
     rng = np.random.default_rng(0)
     n = 4000
     age, volume = rng.normal(62, 8, n), rng.normal(1.2e6, 1e5, n)
-    gone = rng.random(n) < 0.02  # two confounds are missing in the same scans, so their indicators are the same
-    age[gone], volume[gone] = np.nan, np.nan
     site = rng.integers(1, 5, n).astype(float)
-    values = np.column_stack([site, age, volume])
-    coding = fit_coding(ConfoundValues(("site", "age", "volume"), (True, False, False), values))
+    scanner = np.where(site < 3, 1.0, 2.0)  # each site has one
+    values = np.column_stack([site, age, volume, scanner])
+    coding = fit_coding(ConfoundValues(("site", "age", "volume", "scanner"), (True, False, False, True), values))
     columns = coding.encode(values)
     features = rng.normal(size=(n, 3)) + columns[:, :1] + (columns[:, 4:5] - 62) / 8
     residualiser = fit_residualiser(features, columns)
@@ -159,7 +191,7 @@ def test_columns_that_depend_on_each_other_are_a_least_squares_problem_like_any(
     expected = features - design @ np.linalg.lstsq(design, features, rcond=1e-10)[0]
     np.testing.assert_allclose(rest - rest.mean(axis=0), expected, atol=1e-9)
     assert np.abs(residualiser.coefficients * columns.std(axis=0)[:, None]).max() < 2
-    strange = coding.encode(np.array([[9.0, 62.0, 1.2e6]]))  # of a site that training has not seen
+    strange = coding.encode(np.array([[9.0, 62.0, 1.2e6, 2.0]]))  # of a site that training has not seen
     assert np.abs(residualiser.apply(np.zeros((1, 3)), strange)).max() < 5
 
 
@@ -170,11 +202,17 @@ def test_categories_are_matched_by_label():
         ("site",), (True,), np.array([[1.0], [0], [2], [np.nan]]), ({"0": "Bath", "1": "Leeds", "2": "York"},)
     )
     values, warnings = match_confounds(coding, elsewhere)
-    np.testing.assert_array_equal(coding.encode(values), [[1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]])
+    shares = [1 / 3] * 3
+    np.testing.assert_array_equal(coding.encode(values), [[1, 0, 0], shares, [0, 0, 1], shares])
     assert warnings == [
-        "1 of 4 scans lack the confound site; the mean of those that the probe was fitted to is taken",
-        "1 of 4 scans have a site that the probe was not fitted to ('Bath'); it is taken as none of those known",
+        "1 of 4 scans lack the confound site; the shares of its categories among those that the probe was fitted to "
+        "are taken",
+        "1 of 4 scans have a site that the probe was not fitted to ('Bath'); the shares of its categories there are "
+        "taken",
     ]
+    number = fit_coding(ConfoundValues(("age",), (False,), np.array([[50.0], [60.0]])))
+    (missing,) = match_confounds(number, ConfoundValues(("age",), (False,), np.array([[np.nan]]), ({},)))[1]
+    assert missing.endswith("; the mean of those that the probe was fitted to is taken")
     assert match_confounds(coding, ConfoundValues(("site",), (True,), np.array([[1.0]]), labels))[1] == []
 
 
@@ -224,7 +262,12 @@ def test_brain_volume_is_that_of_the_brain_in_any_space():
     np.testing.assert_array_equal(read_confounds(native, ["brain_volume"]).values[:, 0], voxels)
     np.testing.assert_allclose(read_confounds(mni, ["brain_volume"]).values[:, 0], [1e6, 1e6, np.nan])
     np.testing.assert_array_equal(read_confounds(mni, ["head_scale"]).values[:, 0], scale)
-    assert read_confounds(mni, ["head_scale"]).without("head_size").names == ()
+    both = ["head_scale", "brain_volume"]
+    assert read_confounds(mni, both).without("head_size").names == ()  # this volume is computed with the scale
+    assert read_confounds(native, both).without("head_size").names == ("brain_volume",)
+    assert read_confounds(mni, both).without("age").names == tuple(both)
+    np.testing.assert_array_equal(read_confounds(mni, both).complete("age"), [True, True, False])
+    assert read_confounds(mni, both).complete("head_size").all()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from embedded import make_cohort, make_embeddings
 
+from extract.probing.doubts import doubts
 from extract.probing.groups import read_groups
 from extract.probing.probe import probe
 from extract.probing.scores import paired_interval
@@ -64,6 +65,31 @@ def test_tables_that_are_none_are_refused(tmp_path, text, words):
     with pytest.raises(ValueError, match=r"\w") as caught:
         read_groups(people_of(), tmp_path / "table.csv")
     assert all(word in str(caught.value) for word in words)
+
+
+def test_scans_of_nobody_known_are_refused():
+    embeddings = people_of()
+    for missing in (None, np.nan, "", "  "):
+        ids = ["9000000", missing, missing, *map(str, range(7))]
+        with pytest.raises(ValueError, match=r"2 of 10 scans have no participant .*expected an id of each"):
+            read_groups(replace(embeddings, scans=embeddings.scans.assign(participant=ids)), None)
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ("weak.dat", "2 pairs of them are in the table, the closest with a kinship of 0.02; take a lower --kinship"),
+        ("strangers.dat", "expected a table with the participants of these scans"),
+        ("age", "each has a group of their own; name a phenotype whose values people share, such as site"),
+    ],
+)
+def test_groups_of_one_each_come_with_advice(tmp_path, monkeypatch, groups, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weak.dat").write_text("ID1 ID2 Kinship\n9000000 9000001 0.02\n9000001 9000002 0.01\n9000003 1 0.3\n")
+    (tmp_path / "strangers.dat").write_text("ID1 ID2 Kinship\n9000003 1 0.3\n")
+    (warning,) = doubts({"e": people_of(age=np.arange(10))}, [], tasks={}, settings=ProbeSettings(groups=groups))[1:]
+    assert "no two of the people here are in one group" in warning
+    assert warning.endswith(words) or f"{words} if these are relatives" in warning
 
 
 def test_groups_may_be_a_phenotype():
@@ -264,6 +290,12 @@ def test_people_may_be_of_every_class_and_few_of_one_are_few_folds():
     (found,) = probe(people_with(np.arange(60) < 6), settings=ProbeSettings(repeats=1))
     assert "3 folds of participants x 1 repeats (fewer than 5: each needs 2 people of every class" in found.method
     assert "'1' has 6)" in found.method
+    site = np.repeat(np.arange(6), 20)  # one class is large, and at two sites
+    features = rng.normal(size=(120, 4))
+    table = {"site": site, "y": (site < 2) & (np.arange(120) % 2 == 0)}
+    (found,) = probe(make_embeddings(features, table), ["y"], settings=ProbeSettings(repeats=1, groups="site"))
+    assert "2 folds of groups" in found.method
+    assert "2 people of every class, and too few groups hold '1' (2 of 6))" in found.method
 
 
 def people_with(values: np.ndarray, **attrs: object):

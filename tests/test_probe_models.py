@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import linalg, stats
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
@@ -93,6 +94,26 @@ def test_rank_summary_goes_along_with_all_variables_and_with_the_only_one():
     alone = rank_summary(values[:, 1:2])
     assert abs(np.corrcoef(np.argsort(np.argsort(alone)), np.argsort(np.argsort(values[:, 1])))[0, 1]) > 0.999
     assert not rank_summary(np.zeros((5, 0))).any()
+
+
+@pytest.mark.parametrize("variables", [2, 6, 90])
+def test_rank_summary_is_of_the_smaller_matrix_and_has_one_sign(monkeypatch, variables):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(60, variables)) - rng.normal(size=(60, 1)) * np.arange(1, variables + 1)
+    shapes, eigh = [], linalg.eigh
+
+    def decompose(gram: np.ndarray, **options: object):
+        shapes.append(gram.shape)
+        values, vectors = eigh(gram, **options)
+        return values, vectors * (-1) ** len(shapes)  # another LAPACK may give another sign
+
+    monkeypatch.setattr("extract.probing.folds.linalg.eigh", decompose)
+    summary = rank_summary(values)
+    assert shapes == [(min(variables, 60),) * 2]
+    ranks = stats.zscore(stats.rankdata(values, axis=0))
+    first = np.linalg.svd(ranks, full_matrices=False)[2][0]
+    assert np.corrcoef(summary, ranks @ first)[0, 1] ** 2 == pytest.approx(1)
+    np.testing.assert_allclose(rank_summary(values), summary)
 
 
 # ---- models against scikit-learn -------------------------------------------------------------------------------------

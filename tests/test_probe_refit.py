@@ -20,20 +20,22 @@ from extract.probing.settings import ProbeSettings
 def test_the_model_is_that_of_its_parts(target, confounds):
     cohort = make_cohort()
     model = refit(cohort, target, settings=ProbeSettings(confounds=confounds))
-    features = cohort.features.astype(float)
+    measured = read_confounds(cohort, confounds)
+    used = measured.complete(target)
+    features = cohort.features.astype(float)[used]
     if confounds:
-        measured = read_confounds(cohort, confounds)
+        measured = measured.rows(used)
         columns = fit_coding(measured).encode(measured.values)
         features = fit_residualiser(features, columns).apply(features, columns)
     standard = StandardScaler().fit_transform(features)
-    y = cohort.phenotypes[target].to_numpy()
+    y = cohort.phenotypes[target].to_numpy()[used]
     if target == "something":
         expected = Ridge(alpha=model.penalty).fit(standard, y).predict(standard)
     else:
         fitted = LogisticRegression(C=1 / model.penalty, tol=1e-8, max_iter=5000).fit(standard, y)
         expected = fitted.predict_proba(standard)
-    np.testing.assert_allclose(model.predict_embeddings(cohort), expected, atol=2e-4)
-    assert (model.n, model.participants) == (120, 100)
+    np.testing.assert_allclose(model.predict_embeddings(cohort)[used], expected, atol=2e-4)
+    assert (model.n, model.participants) == ((110, 100) if confounds else (120, 100))  # ten scans have no age
     assert (model.confounds is None) == (not confounds)
 
 
@@ -44,6 +46,19 @@ def test_a_model_survives_being_written(target):
     again = ProbeModel.from_json(json.loads(json.dumps(model.to_json())))
     np.testing.assert_array_equal(again.predict_embeddings(cohort), model.predict_embeddings(cohort))
     assert again.to_json() == model.to_json()
+
+
+def test_a_category_that_is_missing_or_unknown_is_the_average_one():
+    rng = np.random.default_rng(3)
+    site = (np.arange(200) % 20 == 0) * 1.0
+    features = rng.normal(size=(200, 5)) + 10 * site[:, None] * (np.arange(5) == 0)
+    values = {"site": site, "y": features[:, 0] - 10 * site}
+    embeddings = make_embeddings(features, values, variables={"site": {"task": "multiclass"}})
+    model = refit(embeddings, "y", settings=ProbeSettings(confounds=("site",)))
+    here = features[:1]
+    usual, rare, missing, unknown = (model.predict(here, np.array([[code]]))[0] for code in (0.0, 1.0, np.nan, np.inf))
+    assert missing == unknown == pytest.approx(0.95 * usual + 0.05 * rare)
+    assert abs(rare - usual) > 5
 
 
 def test_counts_and_classes_of_numbers_come_in_their_own_units():

@@ -13,12 +13,14 @@ import pandas as pd
 
 from extract.embeddings import Embeddings
 from extract.probing.model import ProbeModel
+from extract.probing.targets import CLASSIFICATIONS
 from extract.probing.writing import write_whole
+from ingest.dictionary import TASKS
 from ingest.errors import StoreError
 from ingest.store import check_format, package_versions
 
 FORMAT = "brain-probe"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 took a category that it did not know as none
 SUFFIX = ".json"
 TABLE_SUFFIXES = (".csv", ".parquet")
 
@@ -84,7 +86,8 @@ def save_probe(path: Path, embeddings: Embeddings, models: Sequence[ProbeModel],
     Raises
     ------
     ValueError
-        If there is no model, or one would be refused by `load_probe`.
+        If there is no model, one would be refused by `load_probe`, or two columns of its predictions would have one
+        name.
     StoreError
         If the file cannot be written, or its name has another ending.
     """
@@ -92,6 +95,7 @@ def save_probe(path: Path, embeddings: Embeddings, models: Sequence[ProbeModel],
     features, simulated = int(embeddings.features.shape[1]), bool(embeddings.attrs.get("simulated"))
     saved = SavedProbe(list(models), encoder_of(embeddings.attrs), layer, features, simulated)
     _check_models(saved)
+    _check_headings(models)
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -188,13 +192,25 @@ def prediction_columns(name: str, labels: Sequence[str], predicted: np.ndarray) 
 
 def as_predictions(columns: Sequence[tuple[str, np.ndarray]]) -> pd.DataFrame:
     """Return a table of predictions; ValueError if two columns have one name."""
-    headings = [name for name, _ in columns]
+    _check_once([name for name, _ in columns])
+    return pd.DataFrame(dict(columns))
+
+
+def _check_headings(models: Sequence[ProbeModel]) -> None:
+    """Raise ValueError if predictions of models could not be columns of one table."""
+    headings = [*_IDENTITY]
+    for model in models:
+        nothing = np.zeros((0, len(model.labels))) if model.labels else np.zeros(0)
+        headings += [name for name, _ in prediction_columns(model.name, model.labels, nothing)]
+    _check_once(headings)
+
+
+def _check_once(headings: Sequence[str]) -> None:
     twice = [name for name in headings if headings.count(name) > 1]
     if twice:
         raise ValueError(
             f"two columns of the predictions would be called {twice[0]!r}; rename the target and fit it again"
         )
-    return pd.DataFrame(dict(columns))
 
 
 def confound_warnings(saved: SavedProbe, embeddings: Embeddings) -> list[str]:
@@ -261,6 +277,11 @@ def _check_models(saved: SavedProbe) -> None:
     if not isinstance(saved.layer, str | None):
         raise ValueError(f"its layer is {saved.layer!r}, expected a name")
     for model in saved.models:
+        if model.task not in TASKS or bool(model.labels) != (model.task in CLASSIFICATIONS):
+            raise ValueError(
+                f"{model.name} has the task {model.task!r} and {len(model.labels)} classes, expected one of "
+                f"{', '.join(TASKS)}, and classes of {' and '.join(CLASSIFICATIONS)} alone"
+            )
         outputs = len(model.labels) if len(model.labels) > 2 else 1
         if model.coefficients.shape != (saved.features, outputs) or model.intercept.shape != (outputs,):
             raise ValueError(
@@ -269,10 +290,11 @@ def _check_models(saved: SavedProbe) -> None:
             )
         columns = 0
         if model.confounds is not None:
-            coded = model.confounds.encode(np.full((1, len(model.confounds.names)), np.nan))
-            if not np.isfinite(coded).all():
+            columns = sum(map(len, model.confounds.means))
+            if [len(means) for means in model.confounds.means] != [len(of) or 1 for of in model.confounds.categories]:
+                raise ValueError(f"{model.name} has {columns} means of its confounds, expected one of each column")
+            if not np.isfinite([mean for means in model.confounds.means for mean in means]).all():
                 raise ValueError(f"a mean of the confounds of {model.name} is no finite number")
-            columns = coded.shape[1]
             for name, codes, labels in zip(
                 model.confounds.names, model.confounds.categories, model.confounds.labels, strict=True
             ):

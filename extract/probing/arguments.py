@@ -28,6 +28,10 @@ def parse_pairs(options: Sequence[str], hint: str, example: str) -> dict[str, st
         if not name.strip() or not value.strip():
             kind = "KIND" if hint == "--task" else "N"
             raise typer.BadParameter(f"{option!r} is not NAME={kind}, such as {example}", param_hint=hint)
+    names = [name.strip() for name, _, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise typer.BadParameter(f"{twice} is given {names.count(twice)} times; give it once", param_hint=hint)
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 

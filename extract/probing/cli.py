@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +22,8 @@ from extract.probing.apply import (
 )
 from extract.probing.arguments import SIZES, name_or_table, parse_bins, parse_pairs, parse_sizes, split_names
 from extract.probing.compare import Difference, Probed, align, differences, distinct_names, probe_all
-from extract.probing.confounds import number_warnings, read_confounds
-from extract.probing.doubts import check_not_empty, doubts
+from extract.probing.confounds import missing_warnings, number_warnings, read_confounds
+from extract.probing.doubts import check_layer, check_not_empty, doubts
 from extract.probing.effort import MANY_PATTERNS, estimate_effort
 from extract.probing.model import refit
 from extract.probing.printing import (
@@ -32,6 +31,7 @@ from extract.probing.printing import (
     print_comparison,
     print_curves,
     print_embeddings,
+    print_json,
     print_results,
     print_skipped,
     print_written,
@@ -162,6 +162,8 @@ def run_command(
 
     sources = [(path, one) for path in paths for one in layers]
     labels = distinct_names([path for path, _ in sources], [one for _, one in sources])
+    for path, one in sources:
+        check_layer(path, one)
     named = {name: open_embeddings(path, one) for name, (path, one) in zip(labels, sources, strict=True)}
     for name, embeddings in named.items():
         check_not_empty(name, embeddings)
@@ -172,7 +174,8 @@ def run_command(
     first = named[labels[0]]
     names = target_names(first, asked)
     values = read_confounds(first, settings.confounds, tasks)
-    warnings += number_warnings(first, values, tasks) + doubts(named, names, tasks=tasks, settings=settings)
+    warnings += number_warnings(first, values, tasks) + missing_warnings(values)
+    warnings += doubts(named, names, tasks=tasks, settings=settings)
     if len(names) > MANY_PATTERNS:
         effort = estimate_effort(first, names, tasks=tasks, settings=settings, confounds=values)
         if effort.patterns > MANY_PATTERNS:
@@ -184,12 +187,13 @@ def run_command(
             on_target=lambda _: progress.advance(bar), on_plan=lambda total: progress.update(bar, total=total),
         )  # fmt: skip
     compared = differences(probed) if len(probed) > 1 else []
-    unsaved = save is not None and all(result.status != "ok" for result in probed[0].results)
+    nothing = all(result.status != "ok" for one in probed for result in one.results)
+    unsaved = save is not None and nothing
     for warning in warnings:
         warn(f"warning: {warning}")
     if as_json:
         document = _document(sources, probed, compared, settings, report, None if unsaved else save)
-        print(json.dumps(document), flush=True)
+        print_json(document | {"warnings": warnings})
     else:
         for (path, one), embeddings in zip(sources, named.values(), strict=True):
             print_embeddings(path, embeddings, one)
@@ -216,7 +220,7 @@ def run_command(
             print_written("report", report)
     if unsaved:
         raise ValueError(f"every target was skipped, so there is no model for {save}")
-    if asked is not None and any(result.status == "skipped" for one in probed for result in one.results):
+    if nothing or (asked is not None and any(found.status == "skipped" for one in probed for found in one.results)):
         raise typer.Exit(1)
 
 
@@ -239,8 +243,7 @@ def apply_command(
     simulated = saved.simulated or bool(embeddings.attrs.get("simulated"))
     targets = [one.name for one in saved.models]
     if as_json:
-        document = {"predictions": str(out), "scans": len(predictions), "targets": targets, "simulated": simulated}
-        print(json.dumps(document))
+        print_json({"predictions": str(out), "scans": len(predictions), "targets": targets, "simulated": simulated})
     else:
         count = f"{len(predictions)} scans x {len(targets)} targets ({', '.join(targets)})"
         print_written("predictions", Path(f"{out}: {count}" + (", simulated data" if simulated else "")))

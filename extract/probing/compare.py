@@ -15,7 +15,7 @@ from extract.embeddings import Embeddings
 from extract.probing.confounds import read_confounds
 from extract.probing.curves import LearningCurve, curve_sizes, learning_curves
 from extract.probing.numbers import rounded
-from extract.probing.probe import probe
+from extract.probing.probe import probe, summarise_regressions
 from extract.probing.results import Interval, TargetResult
 from extract.probing.scores import paired_interval
 from extract.probing.settings import ProbeSettings
@@ -183,11 +183,21 @@ def probe_all(
         Called with how often `on_target` will be called at most, and again when the sizes of the curves are known.
     """
     settings = settings or ProbeSettings()
-    confounds = read_confounds(next(iter(named.values())), settings.confounds, tasks)
+    first = next(iter(named.values()))
+    confounds = read_confounds(first, settings.confounds, tasks)
+    summary = summarise_regressions(first)  # of phenotypes that all of them share
     if on_plan:
         on_plan(len(named) * len(targets))
     results = {
-        name: probe(embeddings, targets, tasks=tasks, settings=settings, confounds=confounds, on_target=on_target)
+        name: probe(
+            embeddings,
+            targets,
+            tasks=tasks,
+            settings=settings,
+            confounds=confounds,
+            summary=summary,
+            on_target=on_target,
+        )
         for name, embeddings in named.items()
     }
     curves: dict[str, dict[str, LearningCurve]] = {}
@@ -198,7 +208,7 @@ def probe_all(
         for name, embeddings in named.items():
             curves[name] = learning_curves(
                 embeddings, results[name], sizes, tasks=tasks, settings=settings, confounds=confounds,
-                on_target=on_target,
+                summary=summary, on_target=on_target,
             )  # fmt: skip
     return [Probed(name, named[name], results[name], curves.get(name, {})) for name in named]
 

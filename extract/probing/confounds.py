@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -34,28 +35,41 @@ class ConfoundValues:
         float64, (scan, confound), NaN where missing.
     labels
         Of the codes of each: code -> label; empty if none has any.
+    scaled
+        Whether `brain_volume` was computed with `head_scale`, as it is in MNI152 space.
     """
 
     names: tuple[str, ...]
     categorical: tuple[bool, ...]
     values: np.ndarray
     labels: tuple[Mapping[str, str], ...] = ()
+    scaled: bool = False
 
     def rows(self, chosen: np.ndarray) -> ConfoundValues:
         """Return those of some scans, by rows or a mask."""
         return replace(self, values=self.values[chosen])
 
     def without(self, target: str) -> ConfoundValues:
-        """Return all but the target itself, which would explain itself; `head_scale` is UK Biobank's head size."""
+        """Return all but the target itself, which would explain itself.
+
+        `head_scale` is UK Biobank's head size, and a `brain_volume` that was computed with it holds it.
+        """
         variable = BY_NAME.get(target.lower())
-        same = {target, "head_scale"} if variable is not None and variable.name == "head_size" else {target}
+        same = {target}
+        if variable is not None and variable.name == "head_size":
+            same |= set(SCAN_CONFOUNDS) if self.scaled else {"head_scale"}
         kept = [i for i, name in enumerate(self.names) if name not in same]
-        return ConfoundValues(
-            tuple(self.names[i] for i in kept),
-            tuple(self.categorical[i] for i in kept),
-            self.values[:, kept],
-            tuple(self.labels[i] for i in kept) if self.labels else (),
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in kept),
+            categorical=tuple(self.categorical[i] for i in kept),
+            values=self.values[:, kept],
+            labels=tuple(self.labels[i] for i in kept) if self.labels else (),
         )
+
+    def complete(self, target: str) -> np.ndarray:
+        """Return bool (scan,), of which scans all confounds of a target are known."""
+        return ~np.isnan(self.without(target).values).any(axis=1)
 
 
 @dataclass(frozen=True)
@@ -67,33 +81,31 @@ class ConfoundCoding:
     names
         As of `ConfoundValues`.
     categories
-        Of each confound those seen in training, each of which is a column of 0 and 1; none for a number. A scan of
-        another category has 0 in all.
+        Of each confound those seen in training, each of which is a column of 0 and 1; none for a number.
     labels
         Names of the categories, each once: codes of the same text differ from file to file.
     means
-        Of the training scans, for missing numbers; 0 for categories.
-    missing
-        Whether training scans lacked the confound: there is a column then that says so.
+        Of each confound those of its columns over the training scans that have it: of a number one, of categories
+        their shares. They stand where a confound is missing, or has a category that training has not seen: what
+        confounds explain of a feature is then that of the average scan.
     """
 
     names: tuple[str, ...]
     categories: tuple[tuple[float, ...], ...]
     labels: tuple[tuple[str, ...], ...]
-    means: tuple[float, ...]
-    missing: tuple[bool, ...]
+    means: tuple[tuple[float, ...], ...]
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Return columns, float64 (scan, column), of values (scan, confound) that are NaN where missing."""
         columns = []
-        for i, (categories, mean) in enumerate(zip(self.categories, self.means, strict=True)):
-            measured, absent = values[:, i], np.isnan(values[:, i])
+        for measured, categories, means in zip(values.T, self.categories, self.means, strict=True):
             if categories:
-                columns.append(measured[:, None] == np.array(categories))
+                known = np.isin(measured, categories)
+                own = measured[:, None] == np.array(categories)
             else:
-                columns.append(np.where(absent, mean, measured)[:, None])
-            if self.missing[i]:
-                columns.append(absent[:, None])
+                known = ~np.isnan(measured)
+                own = measured[:, None]
+            columns.append(np.where(known[:, None], own, means))
         return np.hstack(columns).astype(np.float64) if columns else np.zeros((len(values), 0))
 
 
@@ -138,11 +150,13 @@ def read_confounds(
     """
     asked = by_column(embeddings, tasks, [str(column) for column in embeddings.phenotypes.columns])
     found: dict[str, tuple[bool, np.ndarray, Mapping[str, str]]] = {}
+    scaled = False
     for name in names:
         column, categorical = name, False
         labels: Mapping[str, str] = {}
         if name in SCAN_CONFOUNDS and name not in embeddings.phenotypes:
             values = _scan_confound(embeddings, name)
+            scaled |= name == "brain_volume" and _in_mni152(embeddings)
         else:
             column = column_of(embeddings, name, beside=SCAN_CONFOUNDS)
             attrs = embeddings.variables.get(column, {})
@@ -158,14 +172,14 @@ def read_confounds(
         if column in found:
             raise ValueError(f"the confound {column!r} is named twice; name it once")
         if np.isnan(values).all():
-            raise ValueError(f"the confound {name!r} is missing in every scan; add its values, or probe without it")
+            raise ValueError(f"the confound {name!r} is missing in every scan; add its values, or fit without it")
         if np.isinf(values).any():
             raise ValueError(f"the confound {name!r} is infinite in {int(np.isinf(values).sum())} scans; correct it")
         found[column] = (categorical, values, labels)
     if not found:
         return ConfoundValues((), (), np.zeros((len(embeddings.scans), 0)))
     kinds, columns, labels_of = zip(*found.values(), strict=True)
-    return ConfoundValues(tuple(found), kinds, np.column_stack(columns), labels_of)
+    return ConfoundValues(tuple(found), kinds, np.column_stack(columns), labels_of, scaled)
 
 
 def number_warnings(embeddings: Embeddings, confounds: ConfoundValues, tasks: Mapping[str, str]) -> list[str]:
@@ -183,18 +197,36 @@ def number_warnings(embeddings: Embeddings, confounds: ConfoundValues, tasks: Ma
     return warnings
 
 
+def missing_warnings(confounds: ConfoundValues) -> list[str]:
+    """Say how many scans lack a confound, and so are left out, and which."""
+    absent = np.isnan(confounds.values)
+    lost = int(absent.any(axis=1).sum())
+    if not lost:
+        return []
+    each = ", ".join(
+        f"{name} {count}" for name, count in zip(confounds.names, absent.sum(axis=0).tolist(), strict=True) if count
+    )
+    return [
+        f"{lost} of {len(absent)} scans lack a confound ({each}) and are left out, since it could not be removed from "
+        "their features; fill in its values, or name fewer confounds"
+    ]
+
+
 def fit_coding(confounds: ConfoundValues) -> ConfoundCoding:
-    """Learn categories, means and what is missing from training scans."""
+    """Learn categories, their shares, and means of numbers from training scans."""
     categories: list[tuple[float, ...]] = []
     labels: list[tuple[str, ...]] = []
-    means: list[float] = []
+    means: list[tuple[float, ...]] = []
     for i, categorical in enumerate(confounds.categorical):
         present = confounds.values[~np.isnan(confounds.values[:, i]), i]
-        categories.append(tuple(np.unique(present).tolist()) if categorical else ())
+        found, counts = np.unique(present, return_counts=True)
+        categories.append(tuple(found.tolist()) if categorical else ())
         labels.append(tuple(label_names(categories[-1], confounds.labels[i] if confounds.labels else None)))
-        means.append(float(present.mean()) if len(present) and not categorical else 0.0)
-    missing = tuple(np.isnan(confounds.values).any(axis=0).tolist())
-    return ConfoundCoding(confounds.names, tuple(categories), tuple(labels), tuple(means), missing)
+        if categorical:
+            means.append(tuple((counts / len(present)).tolist()))
+        else:
+            means.append((float(present.mean()) if len(present) else 0.0,))
+    return ConfoundCoding(confounds.names, tuple(categories), tuple(labels), tuple(means))
 
 
 def match_confounds(coding: ConfoundCoding, confounds: ConfoundValues) -> tuple[np.ndarray, list[str]]:
@@ -212,10 +244,12 @@ def match_confounds(coding: ConfoundCoding, confounds: ConfoundValues) -> tuple[
     for i, name in enumerate(coding.names):
         present = ~np.isnan(values[:, i])
         if not present.all():
-            warnings.append(
-                f"{scans - int(present.sum())} of {scans} scans lack the confound {name}; the mean of those that the "
-                "probe was fitted to is taken"
+            taken = (
+                "the shares of its categories among those that the probe was fitted to are taken"
+                if coding.categories[i]
+                else "the mean of those that the probe was fitted to is taken"
             )
+            warnings.append(f"{scans - int(present.sum())} of {scans} scans lack the confound {name}; {taken}")
         own = confounds.labels[i]
         if not coding.categories[i]:
             if own:
@@ -230,7 +264,7 @@ def match_confounds(coding: ConfoundCoding, confounds: ConfoundValues) -> tuple[
             more = f" and {len(strange) - _NAMED} more" if len(strange) > _NAMED else ""
             warnings.append(
                 f"{int(np.isinf(values[:, i]).sum())} of {scans} scans have a {name} that the probe was not fitted to "
-                f"({', '.join(map(repr, strange[:_NAMED]))}{more}); it is taken as none of those known"
+                f"({', '.join(map(repr, strange[:_NAMED]))}{more}); the shares of its categories there are taken"
             )
     return values, warnings
 
@@ -258,13 +292,20 @@ def _scan_confound(embeddings: Embeddings, name: str) -> np.ndarray:
     values = embeddings.scans[wanted].to_numpy(np.float64)
     if name == "head_scale":
         return values
-    grid = (embeddings.attrs.get("store") or {}).get("grid") or {}
-    if grid.get("space") == "MNI152":
+    if _in_mni152(embeddings):
         head_scale = embeddings.scans["head_scale"].to_numpy(np.float64)
         if np.isnan(head_scale).all():
             raise ValueError(
                 "the confound 'brain_volume' is not known: the scans are in MNI152 space, where all brains have the "
-                "template's size, and none has a head_scale; probe without it, or with head_size if there is one"
+                "template's size, and none has a head_scale; fit without it, or with head_size if there is one"
             )
         values = values / head_scale
-    return values * float(grid.get("voxel_mm") or 1) ** 3
+    return values * float(_grid(embeddings).get("voxel_mm") or 1) ** 3
+
+
+def _grid(embeddings: Embeddings) -> Mapping[str, Any]:
+    return (embeddings.attrs.get("store") or {}).get("grid") or {}
+
+
+def _in_mni152(embeddings: Embeddings) -> bool:
+    return _grid(embeddings).get("space") == "MNI152"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from extract.embeddings import Embeddings
 from extract.probing.confounds import ConfoundValues, read_confounds
 from extract.probing.numbers import rounded
@@ -97,6 +99,7 @@ def learning_curves(
     tasks: Mapping[str, str] | None = None,
     settings: ProbeSettings | None = None,
     confounds: ConfoundValues | None = None,
+    summary: np.ndarray | None = None,
     on_target: Callable[[TargetResult], None] | None = None,
 ) -> dict[str, LearningCurve]:
     """Probe again with fewer people to learn from.
@@ -113,7 +116,7 @@ def learning_curves(
         Of the whole probe, with the same settings: the last point of each curve.
     sizes
         People to train on in each fold, of `curve_sizes`. A target that has fewer lacks the point.
-    tasks, settings, confounds
+    tasks, settings, confounds, summary
         Of the whole probe. Permutations and draws of people are left out: they say nothing of a curve.
     on_target
         Called with each target at each size.
@@ -143,6 +146,7 @@ def learning_curves(
             tasks=by_column(embeddings, tasks, [*enough, *confounds.names]),
             settings=at_size,
             confounds=confounds,
+            summary=summary,
             on_target=on_target,
         )
         for result in found:

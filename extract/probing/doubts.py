@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from extract.embeddings import Embeddings
+from extract.embeddings import Embeddings, read_tables
 from extract.probing.groups import read_groups
 from extract.probing.settings import ProbeSettings
-from extract.probing.targets import by_column, few_whole_numbers, known_task
+from extract.probing.targets import by_column, few_whole_numbers, known_task, label_names, labelled_codes
 
 _FEWEST_PERMUTATIONS = 19  # give a p value of 0.05 at the least
 _FEWEST_DRAWS = 100  # leave two or three beyond each end of a 95 % interval
@@ -21,6 +22,15 @@ def check_not_empty(name: str, embeddings: Embeddings) -> None:
     if not scans or not features:
         what = f"{scans} scans" if not scans else f"{features} features of each scan"
         raise ValueError(f"{name} has {what}, expected at least one; extract it again from a store that holds volumes")
+
+
+def check_layer(path: Path, layer: str | None) -> None:
+    """Raise ValueError if a layer is asked for and the file does not say which it has."""
+    if layer is None:
+        return
+    attrs = read_tables(path).attrs
+    if not attrs.get("layers") and not attrs.get("layer"):
+        raise ValueError(f"{path} does not say which layers it has, so {layer!r} is not known; leave out --layer")
 
 
 def doubts(
@@ -65,7 +75,7 @@ def _constant_features(name: str, embeddings: Embeddings) -> list[str]:
 def _codes(
     embeddings: Embeddings, targets: Sequence[str], tasks: Mapping[str, str], settings: ProbeSettings
 ) -> list[str]:
-    """Name the targets that are taken as numbers and look like codes, of which nothing is said."""
+    """Name the targets that are taken as numbers and look like codes, or as many classes, of which nothing is said."""
     said = {*by_column(embeddings, tasks, targets), *by_column(embeddings, settings.bins, targets)}
     warnings = []
     for name in targets:
@@ -73,11 +83,22 @@ def _codes(
             continue
         values = embeddings.phenotypes[name].to_numpy(np.float64)
         known = values[~np.isnan(values)]
-        few = few_whole_numbers(known)
-        if few and known_task(embeddings, name) == "continuous":
+        few, task = few_whole_numbers(known), known_task(embeddings, name)
+        labels = embeddings.variables.get(name, {}).get("labels")
+        many = labelled_codes(known, labels)
+        if (few or many) and task == "continuous":
+            what = f"{few} different whole numbers, from {known.min():g} on," if few else f"{many} codes with labels"
             warnings.append(
-                f"the target {name} has {few} different whole numbers, from {known.min():g} on, and is taken as a "
-                f"number; if they are codes, add --task {name}=multiclass, else --task {name}=continuous"
+                f"the target {name} has {what} and is taken as a number; if they are codes, add "
+                f"--task {name}=multiclass, else --task {name}=continuous"
+            )
+        elif many:
+            codes, sizes = np.unique(known, return_counts=True)
+            smallest = label_names(codes, labels)[int(sizes.argmin())]
+            warnings.append(
+                f"the target {name} has {many} classes, the smallest {smallest!r} of {sizes.min()} scans: small ones "
+                f"lower the number of folds and widen intervals; join some, or add --task {name}=ordinal if their "
+                f"order tells something, else --task {name}=multiclass"
             )
     return warnings
 
@@ -89,8 +110,7 @@ def _lone_groups(embeddings: Embeddings, settings: ProbeSettings) -> list[str]:
     if groups.together.max() < groups.people.max():
         return []
     return [
-        f"{groups.note}: no two of the people here are in one group, so folds are as without --groups; expected a "
-        "table with the participants of these scans" + ("" if settings.kinship is None else ", or a lower --kinship")
+        f"{groups.note}: no two of the people here are in one group, so folds are as without --groups; {groups.advice}"
     ]
 
 

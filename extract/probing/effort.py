@@ -76,7 +76,9 @@ def estimate_effort(
     """
     settings = settings or ProbeSettings()
     groups = read_groups(embeddings, settings.groups, settings.kinship)
-    found = read_targets(embeddings, targets, tasks or {}, settings.bins, groups.people, confounds.names)
+    found = read_targets(
+        embeddings, targets, tasks or {}, settings.bins, groups.people, confounds.names, confounds.complete
+    )
     batches = [batch for batch in target_batches(found, confounds) if not batch[0].reason]
     if not batches:
         return Effort(0, 0, 0.0)

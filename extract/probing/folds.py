@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
+from scipy import linalg, stats
+
+#: Loadings are equally large from this share of the largest on: of two variables both are, but for rounding.
+_AS_LARGE = 1 - 1e-6
 
 
 def class_strata(codes: np.ndarray, people: np.ndarray) -> np.ndarray:
@@ -28,6 +31,19 @@ def class_strata(codes: np.ndarray, people: np.ndarray) -> np.ndarray:
     rarest = np.full(people.max() + 1, len(rarity))
     np.minimum.at(rarest, people, rarity[codes])
     return np.argsort(rarity)[rarest]
+
+
+def class_sizes(units: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return of each class how many people (or groups of them) have a scan of it, int64 (class,).
+
+    Parameters
+    ----------
+    units
+        int, (scan,).
+    codes
+        int, (scan,) 0 ... classes-1.
+    """
+    return np.bincount(np.unique(np.stack([units, codes]), axis=1)[1])
 
 
 def value_strata(values: np.ndarray, people: np.ndarray, bins: int = 10) -> np.ndarray:
@@ -55,6 +71,8 @@ def value_strata(values: np.ndarray, people: np.ndarray, bins: int = 10) -> np.n
 def rank_summary(values: np.ndarray) -> np.ndarray:
     """Return one number per scan that goes along with many variables: the first principal component of their ranks.
 
+    Its sign, which is arbitrary, is that of the variable that counts most (the first of several such).
+
     Parameters
     ----------
     values
@@ -72,7 +90,15 @@ def rank_summary(values: np.ndarray) -> np.ndarray:
             column[known] = stats.zscore(stats.rankdata(measured[known]))
     if not ranks.any():
         return np.zeros(len(values))
-    return ranks @ np.linalg.eigh(ranks.T @ ranks)[1][:, -1]
+    scans, variables = ranks.shape
+    # Of one decomposition, the largest vector alone, of the smaller of both matrices of products.
+    gram = ranks.T @ ranks if variables <= scans else ranks @ ranks.T
+    last = len(gram) - 1
+    vector = linalg.eigh(gram, subset_by_index=(last, last))[1][:, 0]
+    loadings = vector if variables <= scans else ranks.T @ vector
+    size = np.abs(loadings)
+    first = np.flatnonzero(size >= size.max() * _AS_LARGE)[0]
+    return ranks @ loadings * np.sign(loadings[first])
 
 
 def deal_folds(people: np.ndarray, strata: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from extract.probing.targets import column_of
 FEW_GROUPS = LARGE_GROUPS = 20
 
 _PARTICIPANT = ("participant", "participant_id", "eid", "iid")
+_NOBODY = ("", "nan", "None", "<NA>")  # what a missing id is as a text
 _GROUP = ("group", "family", "family_id", "fid")
 
 
@@ -39,6 +40,8 @@ class Groups:
         who are alone are one block.
     note
         Of the groups in words; empty where they are the participants.
+    advice
+        What may help where no two people are in one group.
     """
 
     people: np.ndarray
@@ -46,12 +49,13 @@ class Groups:
     units: np.ndarray
     blocks: np.ndarray
     note: str = ""
+    advice: str = ""
 
     def rows(self, chosen: np.ndarray) -> Groups:
         """Return those of some scans (a mask), numbered anew without gaps."""
         again = (np.unique(part[chosen], return_inverse=True)[1] for part in (self.people, self.together, self.units))
         people, together, units = again
-        return Groups(people, together, units, self.blocks[chosen], self.note)
+        return replace(self, people=people, together=together, units=units, blocks=self.blocks[chosen])
 
 
 def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: float | None = None) -> Groups:
@@ -70,20 +74,20 @@ def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: floa
     Raises
     ------
     ValueError
-        If a kinship is given and there are no coefficients, there is no such phenotype or file, the file is no such
-        table or knows none of the people, or everybody is in one group.
+        If a scan has no participant, a kinship is given and there are no coefficients, there is no such phenotype or
+        file, the file is no such table or knows none of the people, or everybody is in one group.
     """
-    participants = embeddings.scans["participant"].to_numpy().astype(str)
+    participants = _participants(embeddings)
     names, people = np.unique(participants, return_inverse=True)
     alone = np.zeros(len(people), dtype=np.int64)
     if groups is None:
         return Groups(people, people, people, alone)
     path = Path(groups)
     if path.is_file():
-        first, second, note = _read_table(path, names, kinship)
+        first, second, note, advice = _read_table(path, names, kinship)
         together = _components(first, second, len(names))[people]
         _check(together, note)
-        return _units_and_blocks(people, together, note)
+        return replace(_units_and_blocks(people, together, note), advice=advice)
     if kinship is not None:
         raise ValueError(f"kinship={kinship} needs groups from a table with a column Kinship, not {str(groups)!r}")
     try:
@@ -97,7 +101,20 @@ def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: floa
     together = np.unique(together, return_inverse=True)[1]
     note = f"{together.max() + 1} groups by {column}"
     _check(together, note)
-    return _units_and_blocks(people, together, note)
+    advice = "each has a group of their own; name a phenotype whose values people share, such as site"
+    return replace(_units_and_blocks(people, together, note), advice=advice)
+
+
+def _participants(embeddings: Embeddings) -> np.ndarray:
+    """Return whose each scan is, text (scan,); ValueError where that is unknown, for all such would be one person."""
+    found = embeddings.scans["participant"].to_numpy().astype(str)
+    nobody = np.isin(np.char.strip(found), _NOBODY)
+    if nobody.any():
+        raise ValueError(
+            f"{int(nobody.sum())} of {len(found)} scans have no participant (the first is {str(found[nobody][0])!r}), "
+            "expected an id of each, by which people are never split; leave these scans out, or name whose they are"
+        )
+    return found
 
 
 def _units_and_blocks(people: np.ndarray, together: np.ndarray, note: str) -> Groups:
@@ -125,8 +142,9 @@ def _components(first: np.ndarray, second: np.ndarray, nodes: int) -> np.ndarray
     return connected_components(links, directed=False)[1].astype(np.int64)
 
 
-def _read_table(path: Path, names: np.ndarray, kinship: float | None) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return linked people, by their places in `names`, and what they are in words."""
+def _read_table(path: Path, names: np.ndarray, kinship: float | None) -> tuple[np.ndarray, np.ndarray, str, str]:
+    """Return linked people, by their places in `names`, what they are in words, and what helps if there are none."""
+    advice = "expected a table with the participants of these scans"
     try:
         with path.open(encoding="utf-8-sig") as file:
             header = file.readline()
@@ -152,12 +170,18 @@ def _read_table(path: Path, names: np.ndarray, kinship: float | None) -> tuple[n
                 )
             least = THIRD_DEGREE if kinship is None else kinship
             related, of = table[coefficients >= least], f" (kinship of {least} or more)"
+            here = (_places(table["id1"], place) >= 0) & (_places(table["id2"], place) >= 0)
+            if here.any():
+                advice = (
+                    f"{int(here.sum())} pairs of them are in the table, the closest with a kinship of "
+                    f"{coefficients[here].max():g}; take a lower --kinship if these are relatives"
+                )
         first, second = (_places(related[column], place) for column in ("id1", "id2"))
         if len(table) and not max(_places(table[c], place).max() for c in ("id1", "id2")) >= 0:
             raise ValueError(_stranger(path, table["id1"].iloc[0], names))
         both = (first >= 0) & (second >= 0)
         note = f"families of {int(both.sum())} related pairs in {path.name}{of}"
-        return first[both], second[both], note
+        return first[both], second[both], note, advice
     participant = next((name for name in _PARTICIPANT if name in table.columns), None)
     group = next((name for name in _GROUP if name in table.columns), None)
     if participant is None or group is None:
@@ -171,7 +195,7 @@ def _read_table(path: Path, names: np.ndarray, kinship: float | None) -> tuple[n
     who, family = who[known], np.unique(table[group].to_numpy()[known].astype(str), return_inverse=True)[1]
     representative = np.zeros(family.max() + 1, dtype=np.int64)
     representative[family] = who  # everyone is linked to one member of the family
-    return who, representative[family], f"{family.max() + 1} groups in {path.name}"
+    return who, representative[family], f"{family.max() + 1} groups in {path.name}", advice
 
 
 def _places(column: pd.Series, place: dict[str, int]) -> np.ndarray:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from extract.probing.cross_validation import Outcome, Sample
+from extract.probing.folds import class_sizes
+from extract.probing.groups import Groups
 from extract.probing.linear import PENALTY_SCANS
 from extract.probing.settings import ProbeSettings
 from extract.probing.targets import MIN_CLASS_PER_FOLD, Target
@@ -29,10 +31,9 @@ def describe_method(target: Target, sample: Sample, outcomes: Sequence[Outcome],
     dealt = f"{number} folds of {'groups' if grouped else 'participants'} x {repeats} repeats"
     if target.labels and number < min(settings.folds, int(groups.together.max()) + 1):
         codes = target.values[target.present].astype(np.int64)
-        sizes = np.bincount(np.unique(np.stack([groups.people, codes]), axis=1)[1])
         dealt += (
             f" (fewer than {settings.folds}: each needs {MIN_CLASS_PER_FOLD} people of every class, and "
-            f"{target.labels[int(sizes.argmin())]!r} has {sizes.min()})"
+            f"{_why_fewer(target.labels, groups, codes, settings.folds)})"
         )
     parts = [model, dealt]
     if groups.note:
@@ -47,3 +48,14 @@ def describe_method(target: Target, sample: Sample, outcomes: Sequence[Outcome],
     if settings.bootstrap:
         parts.append(f"bootstrap of {settings.bootstrap} draws of the people tested, without training anew")
     return "; ".join(parts)
+
+
+def _why_fewer(labels: Sequence[str], groups: Groups, codes: np.ndarray, folds: int) -> str:
+    """Say why classes do not go round: one has few people, they are in few groups, or the groups do not fit."""
+    sizes, holders = class_sizes(groups.people, codes), class_sizes(groups.together, codes)
+    number = int(groups.together.max()) + 1
+    if sizes.min() < MIN_CLASS_PER_FOLD * folds:
+        return f"{labels[int(sizes.argmin())]!r} has {sizes.min()}"
+    if holders.min() < folds:
+        return f"too few groups hold {labels[int(holders.argmin())]!r} ({holders.min()} of {number})"
+    return f"the {number} groups are of too unlike sizes"

@@ -10,7 +10,14 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from extract.embeddings import Embeddings
-from extract.probing.confounds import ConfoundCoding, fit_coding, fit_residualiser, match_confounds, read_confounds
+from extract.probing.confounds import (
+    ConfoundCoding,
+    ConfoundValues,
+    fit_coding,
+    fit_residualiser,
+    match_confounds,
+    read_confounds,
+)
 from extract.probing.cross_validation import fit_classes, left_out
 from extract.probing.groups import read_groups
 from extract.probing.linear import ridge
@@ -104,14 +111,23 @@ class ProbeModel:
         """
         if self.confounds is None:
             return self.predict(embeddings.features)
-        measured = read_confounds(embeddings, self.confounds.names)
-        return self.predict(embeddings.features, match_confounds(self.confounds, measured)[0])
+        return self.predict(embeddings.features, match_confounds(self.confounds, self._measured(embeddings))[0])
 
     def warnings(self, embeddings: Embeddings) -> list[str]:
         """Return what is unknown of the confounds of an embedding file: see `probing.confounds.match_confounds`."""
         if self.confounds is None:
             return []
-        return match_confounds(self.confounds, read_confounds(embeddings, self.confounds.names))[1]
+        return match_confounds(self.confounds, self._measured(embeddings))[1]
+
+    def _measured(self, embeddings: Embeddings) -> ConfoundValues:
+        names = self.confounds.names if self.confounds else ()
+        try:
+            return read_confounds(embeddings, names)
+        except ValueError as error:
+            raise ValueError(
+                f"the model of {self.name!r} needs {', '.join(names)} of the scans, its confounds (ingest them with "
+                f"--phenotypes and extract again): {error}"
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON."""
@@ -132,8 +148,7 @@ class ProbeModel:
                 "names": list(coding.names),
                 "categories": [list(values) for values in coding.categories],
                 "labels": [list(labels) for labels in coding.labels],
-                "means": list(coding.means),
-                "missing": list(coding.missing),
+                "means": [list(means) for means in coding.means],
                 "coefficients": self.confound_coefficients.tolist(),
             },
             "score": None if score is None else {**score.__dict__},
@@ -168,8 +183,7 @@ class ProbeModel:
                     tuple(coding["names"]),
                     tuple(tuple(float(value) for value in values) for values in coding["categories"]),
                     tuple(tuple(str(label) for label in labels) for labels in coding["labels"]),
-                    tuple(float(mean) for mean in coding["means"]),
-                    tuple(bool(missing) for missing in coding["missing"]),
+                    tuple(tuple(float(mean) for mean in means) for means in coding["means"]),
                 ),
                 confound_coefficients=np.array(
                     [] if coding is None else coding["coefficients"], dtype=np.float64
@@ -188,7 +202,7 @@ def refit(
     tasks: Mapping[str, str] | None = None,
     settings: ProbeSettings | None = None,
 ) -> ProbeModel:
-    """Fit the probe of one target to everyone who has a value, its penalty chosen as on a training side.
+    """Fit the probe of one target to everyone who has a value and all confounds; the penalty as on a training side.
 
     Parameters
     ----------
@@ -210,7 +224,7 @@ def refit(
     all_groups = read_groups(embeddings, settings.groups, settings.kinship)
     all_confounds = read_confounds(embeddings, settings.confounds, tasks)
     asked, bins = by_column(embeddings, tasks, [name]), by_column(embeddings, settings.bins, [name])
-    (found,) = read_targets(embeddings, [name], asked, bins, all_groups.people)
+    (found,) = read_targets(embeddings, [name], asked, bins, all_groups.people, complete=all_confounds.complete)
     if found.reason:
         raise ValueError(f"{name!r} cannot be fitted: {found.reason}")
     present = found.present

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 _FEW_DECIMALS = 0.1  # errors below it have fewer than three digits among three decimals
 _MANY_DIGITS = 1e6
@@ -11,6 +13,15 @@ _MANY_DIGITS = 1e6
 def rounded(value: float) -> float | None:
     """Return a number as documents for machines have it, with six digits; None if it is not finite."""
     return None if not math.isfinite(value) else float(f"{value:.6g}")
+
+
+def finite(document: Any) -> Any:
+    """Return a document for machines, None for numbers in it that are not finite: JSON has no NaN."""
+    if isinstance(document, Mapping):
+        return {key: finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [finite(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
 def in_digits(value: float, metric: str = "") -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from extract.embeddings import Embeddings
 from extract.probing.compare import Difference, Probed
-from extract.probing.numbers import in_digits
+from extract.probing.numbers import finite, in_digits
 from extract.probing.results import Interval, TargetResult
 
 _METRICS = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
@@ -136,6 +137,11 @@ def print_skipped(probed: Sequence[Probed]) -> None:
         for curve in one.curves.values():
             for size, reason in curve.missing.items():
                 warn(f"no point at {size} people: {prefix}{curve.target}: {reason}")
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print a document for machines; attributes of files may hold numbers that JSON has not, which become null."""
+    print(json.dumps(finite(document), allow_nan=False), flush=True)
 
 
 def print_written(what: str, path: Path) -> None:

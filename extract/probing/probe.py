@@ -8,23 +8,15 @@ from dataclasses import replace
 import numpy as np
 
 from extract.embeddings import Embeddings
-from extract.probing.bootstrap import draw_weights, percentile_interval
+from extract.probing.bootstrap import draw_weights
+from extract.probing.combine import combine_folds
 from extract.probing.confounds import ConfoundValues, fit_coding, read_confounds
-from extract.probing.cross_validation import (
-    Fold,
-    Outcome,
-    Sample,
-    classification,
-    list_folds,
-    regression,
-    run_folds,
-)
+from extract.probing.cross_validation import Fold, Sample, classification, list_folds, regression, run_folds
 from extract.probing.folds import class_strata, folds_with_all_classes, rank_summary, repeated_folds, value_strata
 from extract.probing.groups import Groups, read_groups
 from extract.probing.method import describe_method
 from extract.probing.permutation import permutation_test
-from extract.probing.results import Interval, OutOfFold, TargetResult
-from extract.probing.scores import RANGES, corrected_interval, effective_number
+from extract.probing.results import TargetResult
 from extract.probing.settings import ProbeSettings
 from extract.probing.targets import (
     CLASSIFICATIONS,
@@ -48,6 +40,7 @@ def probe(
     tasks: Mapping[str, str] | None = None,
     settings: ProbeSettings | None = None,
     confounds: ConfoundValues | None = None,
+    summary: np.ndarray | None = None,
     on_target: Callable[[TargetResult], None] | None = None,
 ) -> list[TargetResult]:
     """Fit linear probes to embeddings and score them on people whom they have not seen.
@@ -75,12 +68,13 @@ def probe(
     The target stays as it is: scores are then of what the rest of the features tells of the phenotype itself, in its
     own units, and can be set beside those of the same model fitted to the confounds alone, on the same folds. What the
     confounds explain of the target is out of reach of that rest, so a correlation is held below sqrt(1 - R2 of the
-    confounds). A target is never a confound of itself.
+    confounds). A target is never a confound of itself. Scans that lack a confound are left out: it would stay in their
+    features, and what it tells of the target would pass for what they tell.
 
     Parameters
     ----------
     embeddings
-        See `extract.embeddings.Embeddings`; missing phenotypes (NaN) are left out target by target.
+        See `extract.embeddings.Embeddings`; scans without a value (NaN) are left out target by target.
     targets
         Names of phenotypes, or their aliases (``gender``); None takes all that are not confounds.
     tasks
@@ -91,6 +85,8 @@ def probe(
         get fewer folds; ``method`` says how many. Same seed, same scores, whatever other targets are asked for.
     confounds
         Values of the confounds of `settings`; read from the embeddings if None.
+    summary
+        Of `summarise_regressions`; computed if None, and there is a regression.
     on_target
         Called with each result as it is ready, not in the order of the targets.
 
@@ -109,9 +105,13 @@ def probe(
     check_embeddings(embeddings)
     groups = read_groups(embeddings, settings.groups, settings.kinship)
     confounds = confounds or read_confounds(embeddings, settings.confounds, tasks)
-    found = read_targets(embeddings, names, tasks or {}, settings.bins, groups.people, confounds.names)
+    found = read_targets(
+        embeddings, names, tasks or {}, settings.bins, groups.people, confounds.names, confounds.complete
+    )
     features = embeddings.features.astype(np.float64)
-    summary = rank_summary(_regression_values(embeddings))
+    if summary is None:
+        regressions = any(not target.labels and not target.reason for target in found)
+        summary = summarise_regressions(embeddings) if regressions else np.zeros(len(features))
     results: dict[str, TargetResult] = {}
     for batch in target_batches(found, confounds):
         for result in _probe_batch(batch, features, groups, confounds.without(batch[0].name), summary, settings):
@@ -137,16 +137,20 @@ def check_embeddings(embeddings: Embeddings) -> None:
         )
 
 
-def _regression_values(embeddings: Embeddings) -> np.ndarray:
-    """Return (scan, variable) all phenotypes that are regressions and no confounds, asked for or not."""
+def summarise_regressions(embeddings: Embeddings) -> np.ndarray:
+    """Return (scan,) what folds of regressions are stratified by.
+
+    That is `rank_summary` of all phenotypes that are regressions and no confounds, asked for or not, by their names:
+    their order in a file depends on its kind.
+    """
     table = embeddings.phenotypes
     columns = [
-        str(name)
-        for name in table.columns
-        if not embeddings.variables.get(str(name), {}).get("confound")
-        and known_task(embeddings, str(name)) not in CLASSIFICATIONS
+        name
+        for name in sorted(map(str, table.columns))
+        if not embeddings.variables.get(name, {}).get("confound")
+        and known_task(embeddings, name) not in CLASSIFICATIONS
     ]
-    return table[columns].to_numpy(np.float64)
+    return rank_summary(table[columns].to_numpy(np.float64))
 
 
 def target_batches(targets: list[Target], confounds: ConfoundValues) -> Iterator[list[Target]]:
@@ -210,7 +214,7 @@ def _probe_batch(
     for i, (target, result) in enumerate(zip(batch, blank, strict=True)):
         own = [fold_outcomes[i] for fold_outcomes in outcomes]
         beside = [fold_outcomes[i] for fold_outcomes in confound_outcomes]
-        result = _summarise(result, sample, folds, own, beside, np.flatnonzero(present), truths[:, i])
+        result = combine_folds(result, sample, folds, own, beside, np.flatnonzero(present), truths[:, i])
         result = replace(result, method=describe_method(target, sample, own, settings), confounds=list(confounds.names))
         if settings.permutations:
             p_value, null = permutation_test(
@@ -271,65 +275,3 @@ def _too_few(sample: Sample, folds: list[Fold], codes: np.ndarray | None, train_
         if min(np.bincount(found, minlength=int(codes.max()) + 1).min() for found in pairs) < 2:
             return f"{train_people} people to train on hold fewer than two of some class"
     return ""
-
-
-def _summarise(
-    result: TargetResult,
-    sample: Sample,
-    folds: list[Fold],
-    outcomes: list[Outcome],
-    beside: list[Outcome],
-    rows: np.ndarray,
-    truth: np.ndarray,
-) -> TargetResult:
-    """Combine the folds of one target."""
-    ratio = float(np.mean([len(fold.test) / fold.full for fold in folds]))
-    many = effective_number(sample.groups.together)
-    smallest = int(np.bincount(sample.strata, minlength=len(result.labels)).min()) if result.labels else None
-    metrics = {name: _interval(outcomes, name, ratio, smallest, many) for name in outcomes[0].scores}
-    confound_metrics = {name: _interval(beside, name, ratio, smallest, many) for name in metrics} if beside else {}
-    gains = {name: _gain(outcomes, beside, name, ratio, many) for name in metrics} if beside else {}
-    predicted = np.zeros((len(rows), *outcomes[0].predicted.shape[1:]))
-    fold_of = np.zeros(len(rows), dtype=np.int64)
-    for fold, outcome in zip(folds, outcomes, strict=True):
-        if fold.repeat == 0:
-            predicted[fold.test] = outcome.predicted
-            fold_of[fold.test] = fold.number
-    return replace(
-        result,
-        status="ok",
-        metric="auc" if result.labels else "r",
-        metrics=metrics,
-        out_of_fold=OutOfFold(truth.astype(np.int64) if result.labels else truth, predicted, fold_of, rows),
-        confound_metrics=confound_metrics,
-        gains=gains,
-        fold_scores={name: np.array([outcome.scores[name] for outcome in outcomes]) for name in metrics},
-        test_to_train=ratio,
-        effective_groups=many,
-        train_participants=int(np.median([len(np.unique(sample.groups.people[fold.train])) for fold in folds])),
-    )
-
-
-def _interval(outcomes: list[Outcome], name: str, ratio: float, people: int | None, groups: float) -> Interval:
-    interval = corrected_interval(
-        [outcome.scores[name] for outcome in outcomes],
-        ratio,
-        chance=float(np.mean([outcome.chances[name] for outcome in outcomes])),
-        bounds=RANGES[name],
-        people=people,
-        groups=groups,
-    )
-    return _with_bootstrap(interval, [outcome.draws.get(name) for outcome in outcomes])
-
-
-def _gain(outcomes: list[Outcome], beside: list[Outcome], name: str, ratio: float, groups: float) -> Interval:
-    pairs = list(zip(outcomes, beside, strict=True))
-    apart = [a.scores[name] - b.scores[name] for a, b in pairs]
-    interval = corrected_interval(apart, ratio, chance=0.0, groups=groups)
-    return _with_bootstrap(interval, [a.draws[name] - b.draws[name] if a.draws else None for a, b in pairs])
-
-
-def _with_bootstrap(interval: Interval, draws: Sequence[np.ndarray | None]) -> Interval:
-    drawn = [scores for scores in draws if scores is not None]
-    ends = percentile_interval(np.stack(drawn)) if drawn else None
-    return interval if ends is None else replace(interval, boot_low=ends[0], boot_high=ends[1])

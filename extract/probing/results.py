@@ -69,7 +69,7 @@ class TargetResult:
     status, reason
         ``ok``, or ``skipped`` with the reason.
     n, participants
-        Scans that have a value, and the people they are of.
+        Scans that have a value, and all confounds, and the people they are of.
     metric
         The headline among `metrics`: ``auc`` or ``r``.
     metrics
@@ -95,7 +95,10 @@ class TargetResult:
     test_to_train
         Scans tested over scans left to train on, mean over the folds.
     effective_groups
-        How many groups of the same size the groups are worth that are never split (`probing.scores.effective_number`).
+        How many groups of the same size the groups are worth that are never split, or those of the smallest class if
+        they are fewer (`probing.scores.independent_parts`).
+    smallest_class
+        People of the smallest class; None of a regression.
     train_participants
         People that a model was trained on, median over the folds.
     """
@@ -121,6 +124,7 @@ class TargetResult:
     fold_scores: dict[str, np.ndarray] = field(default_factory=dict)
     test_to_train: float = 0.0
     effective_groups: float = np.inf
+    smallest_class: int | None = None
     train_participants: int = 0
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
 from extract.embeddings import Embeddings
+from extract.probing.folds import class_sizes
 from ingest.dictionary import BY_NAME, TASKS, VARIABLES
 
 #: Fewer people than this who have a value: too few to say anything.
@@ -21,6 +22,8 @@ MIN_CLASS_PER_FOLD = 2
 CLASSIFICATIONS = ("binary", "multiclass")
 #: Different whole numbers at most that may be codes.
 MAX_CODES = 10
+#: Codes with labels at most that are classes, unless it is said that they are.
+MAX_CLASSES = 100
 
 _MOST_DIGITS = 17  # tell any two float64 apart
 _SMALLEST, _LARGEST = 1e-60, 1e60  # of a target's largest value: scores take fourth powers, and float64 ends at 1e308
@@ -106,8 +109,19 @@ def column_of(embeddings: Embeddings, name: str, beside: Sequence[str] = ()) -> 
 def by_column(
     embeddings: Embeddings, options: Mapping[str, _Option] | None, columns: Sequence[str]
 ) -> dict[str, _Option]:
-    """Return options that are given by name or alias by column instead: those of some columns."""
-    found = {column_of(embeddings, name): option for name, option in (options or {}).items()}
+    """Return options that are given by name or alias by column instead: those of some columns.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, or one is given twice.
+    """
+    found: dict[str, _Option] = {}
+    for name, option in (options or {}).items():
+        column = column_of(embeddings, name)
+        if column in found:
+            raise ValueError(f"{column!r} is given {found[column]!r} and {option!r}; name it once")
+        found[column] = option
     return {column: option for column, option in found.items() if column in columns}
 
 
@@ -120,21 +134,24 @@ def label_names(codes: Sequence[float] | np.ndarray, labels: Mapping[str, str] |
     return [name if taken[name] == 1 else f"{name} ({text})" for name, text in zip(names, texts, strict=True)]
 
 
-def infer_task(values: np.ndarray, labels: object = None) -> str:
+def infer_task(values: np.ndarray, labels: Mapping[str, str] | None = None) -> str:
     """Guess the task of a variable of which nothing is said.
 
     Two different values are ``binary``. Up to ten different whole numbers are ``multiclass`` if the variable has
-    labels, else ``count`` if the smallest is 0 or 1. All else is ``continuous``.
+    labels, else ``count`` if the smallest is 0 or 1. More of them are ``multiclass`` if each has a label, for labels of
+    some are those of special answers among numbers. All else is ``continuous``.
 
     Parameters
     ----------
     values
         float64, without NaN.
     labels
-        Of the codes; None or empty if there are none.
+        Of the codes, code -> label; None or empty if there are none.
     """
     if len(np.unique(values)) == 2:
         return "binary"
+    if 0 < labelled_codes(values, labels) <= MAX_CLASSES:
+        return "multiclass"
     if few_whole_numbers(values):
         if labels:
             return "multiclass"
@@ -147,6 +164,16 @@ def few_whole_numbers(values: np.ndarray) -> int:
     """Return how many different values there are if they may be codes: three to ten whole numbers; else 0."""
     distinct = np.unique(values[~np.isnan(values)])
     return len(distinct) if 2 < len(distinct) <= MAX_CODES and np.all(distinct == np.round(distinct)) else 0
+
+
+def labelled_codes(values: np.ndarray, labels: Mapping[str, str] | None) -> int:
+    """Return how many different values there are if they are more than `MAX_CODES` and each has a label; else 0."""
+    if not labels:
+        return 0
+    distinct = np.unique(values[~np.isnan(values)])
+    if not (MAX_CODES < len(distinct) <= len(labels) and np.isfinite(distinct).all()):
+        return 0
+    return len(distinct) if all(value == np.round(value) and str(int(value)) in labels for value in distinct) else 0
 
 
 def known_task(embeddings: Embeddings, column: str) -> str:
@@ -163,6 +190,7 @@ def read_targets(
     bins: Mapping[str, int | tuple[float, ...]],
     people: np.ndarray,
     beside: Sequence[str] = (),
+    complete: Callable[[str], np.ndarray] | None = None,
 ) -> list[Target]:
     """Return the targets with their tasks: as asked, else by `known_task`; those in bins become classes.
 
@@ -176,6 +204,9 @@ def read_targets(
         int, (scan,).
     beside
         Columns of confounds, for which tasks may be given, too.
+    complete
+        Returns bool (scan,), which scans can be probed for a target of some name, for their confounds are known: the
+        values of others are taken as missing. None takes all.
 
     Raises
     ------
@@ -188,11 +219,21 @@ def read_targets(
         for column in columns:
             if column not in known:
                 raise ValueError(f"{what} given for {column!r}, which is not among the targets: {', '.join(names)}")
-    return [_read_target(embeddings, name, asked.get(name), binned.get(name), people) for name in names]
+    return [
+        _read_target(
+            embeddings, name, asked.get(name), binned.get(name), people, None if complete is None else complete(name)
+        )
+        for name in names
+    ]
 
 
 def _read_target(
-    embeddings: Embeddings, name: str, asked: str | None, bins: int | tuple[float, ...] | None, people: np.ndarray
+    embeddings: Embeddings,
+    name: str,
+    asked: str | None,
+    bins: int | tuple[float, ...] | None,
+    people: np.ndarray,
+    complete: np.ndarray | None,
 ) -> Target:
     attrs = embeddings.variables.get(name, {})
     values = embeddings.phenotypes[name].to_numpy(np.float64)
@@ -211,20 +252,30 @@ def _read_target(
         task = asked or known_task(embeddings, name)
     if task not in TASKS:
         raise ValueError(f"task {task!r} of {name!r} is unknown; expected one of {', '.join(TASKS)}")
+    without = ""
+    if complete is not None and not complete[present].all():
+        without = f"{int((present & ~complete).sum())} scans that lack a confound left out"
+        values, present = np.where(complete, values, np.nan), present & complete
+        note = f"{note}; {without}" if note else without
     reason = _unfit(values[present], task, len(np.unique(people[present])))
     if reason or task not in CLASSIFICATIONS:
-        return Target(name, task, values, units=units, note=note, reason=reason)
+        return Target(name, task, values, units=units, note=note, reason=_and(reason, without))
     found, codes = np.unique(values[present], return_inverse=True)
     labels = label_names(found, known)
     values = values.copy()
     values[present] = codes
-    sizes = np.bincount(np.unique(np.stack([people[present], codes]), axis=1)[1])  # people who are ever of a class
+    sizes = class_sizes(people[present], codes)
     if sizes.min() < 2 * MIN_CLASS_PER_FOLD:
         reason = (
             f"class {labels[int(sizes.argmin())]!r} has {sizes.min()} participants, at least "
             f"{2 * MIN_CLASS_PER_FOLD} are needed"
         )
-    return Target(name, task, values, labels, units, note, reason)
+    return Target(name, task, values, labels, units, note, _and(reason, without))
+
+
+def _and(reason: str, beside: str) -> str:
+    """Return a reason with what else may be one, if there is a reason."""
+    return f"{reason} ({beside})" if reason and beside else reason
 
 
 def _bin(
