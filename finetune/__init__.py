@@ -8,12 +8,20 @@ from finetune.settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from finetune.checkpoints import LoadedRun, load_run
+    from finetune.predict import Predicted, predict_to
     from finetune.results import RunResult
     from finetune.run import finetune
 
-__all__ = ["FinetuneSettings", "LoadedRun", "RunResult", "finetune", "load_run"]
+__all__ = ["FinetuneSettings", "LoadedRun", "Predicted", "RunResult", "finetune", "load_run", "predict_to"]
 
-_HOMES = {"LoadedRun": "checkpoints", "load_run": "checkpoints", "RunResult": "results", "finetune": "run"}
+_HOMES = {
+    "LoadedRun": "checkpoints",
+    "Predicted": "predict",
+    "RunResult": "results",
+    "finetune": "run",
+    "load_run": "checkpoints",
+    "predict_to": "predict",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -158,6 +158,8 @@ def load_run(path: str | os.PathLike[str], device: str | torch.device = "cpu") -
     WeightsUnavailableError
         If there is none, or it is something else.
     """
+    if not os.path.exists(path):
+        raise WeightsUnavailableError(f"nothing is at {path}; expected the folder of a finetune run, or a checkpoint")
     content, sha256 = _read(os.fspath(path))
     name = os.path.basename(os.path.normpath(path))
     try:

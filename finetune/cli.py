@@ -25,11 +25,19 @@ from finetune.printing import epoch_lines, print_predicted, print_result, progre
 from finetune.results import SETTINGS
 from finetune.run import Progress, finetune
 from ingest.default_command import RunByDefault
+from ingest.interruption import GOES_ON, told_interruption
 from ingest.progress import progress_bar
 
 console = Console()
 errors = Console(stderr=True)
 
+#: What to do after Ctrl-C, by command.
+_AFTER_CTRL_C = {
+    "run": "the same command{} goes on at the last checkpoint",
+    "predict": "",
+    "export": "",
+    "curve": GOES_ON,
+}
 
 app = typer.Typer(
     cls=RunByDefault,
@@ -149,7 +157,8 @@ def _show(bar: Bar, task: TaskID, progress: Progress) -> None:
 def main() -> None:
     """Run the command; expected failures are one line on stderr and exit code 1, or 3 if weights cannot be had."""
     try:
-        app()
+        with told_interruption(errors, _AFTER_CTRL_C):
+            app()
     except WeightsUnavailableError as error:
         errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(WEIGHTS_UNAVAILABLE)

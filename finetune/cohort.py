@@ -86,7 +86,7 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
     """
     if not settings.target:
         raise ValueError("target is empty, expected a phenotype of the store; see: ingest inspect STORE")
-    rows = select_rows(store, where=settings.where)
+    rows = some_rows(store, settings.where)
     table = as_table(store, rows)
     names = target_names(table, settings.target)
     everybody = read_groups(table, settings.groups, settings.kinship)
@@ -135,6 +135,14 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
         of_class = class_weights(head, encoded[train], balanced=balanced)
         weights[rows, column] = scan_weights(head, encoded, of_class)
     return Cohort(rows, participants, targets, split, part, heads, labels, weights, warnings)
+
+
+def some_rows(store: VolumeStore, where: str | None) -> np.ndarray:
+    """Return the rows of scans of which a condition is true, or of all; ValueError if there is none."""
+    rows = select_rows(store, where=where)
+    if not len(rows):
+        raise ValueError(f"no scan of {store.path} is left" + (f" of which {where!r} is true" if where else ""))
+    return rows
 
 
 def as_table(store: VolumeStore, rows: np.ndarray) -> Embeddings:

@@ -59,7 +59,7 @@ class Exported:
         return f"{self.path}: program of torch.export, uint8 {shape} -> {outputs}"
 
 
-def export_run(run: Path, out: Path, *, overwrite: bool = False) -> Exported:
+def export_run(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Exported:
     """Write the network of a run for use elsewhere.
 
     Parameters
@@ -90,6 +90,7 @@ def export_run(run: Path, out: Path, *, overwrite: bool = False) -> Exported:
     StoreError
         If `out` exists, has another ending, or cannot be written.
     """
+    run, out = Path(run), Path(out)
     if out.suffix not in _WRITERS:
         raise StoreError(
             f"{out.name} ends in {out.suffix!r}, expected .pt (weights of the encoder) or .pt2 (torch.export)"

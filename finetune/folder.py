@@ -29,10 +29,11 @@ def check_folder(run_dir: Path, settings: FinetuneSettings, *, overwrite: bool) 
     Raises
     ------
     StoreError
-        If it has files and is not that of a run.
+        If it is a file, or has files and is not that of a run.
     ValueError
         For a setting that is another one.
     """
+    check_no_file(run_dir, "run")
     if not run_dir.exists() or not set(run_dir.iterdir()) - set(_half_written(run_dir)):
         return
     before = _begun_with(run_dir)
@@ -44,6 +45,12 @@ def check_folder(run_dir: Path, settings: FinetuneSettings, *, overwrite: bool) 
                 f"{run_dir} was begun with {name} {was!r}, not {value!r}; use the same settings to go on, or another "
                 f"folder; {ANEW}"
             )
+
+
+def check_no_file(run_dir: Path, kind: str) -> None:
+    """Raise StoreError if what is to be the folder of a run, or another kind, is a file."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise StoreError(f"{run_dir} is a file, expected the folder of a {kind}; choose another name")
 
 
 def _same_split(run_dir: Path, split: str | None) -> bool:

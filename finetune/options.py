@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from extract.probing.settings import THIRD_DEGREE
 from finetune.settings import FinetuneSettings, make_settings, read_settings
 
 Config = Annotated[
@@ -44,7 +45,12 @@ def settings_from(config: Path | None, flags: Mapping[str, Any]) -> FinetuneSett
     given = {} if config is None else read_settings(config)
     make_settings(given, str(config))  # says what is wrong with the file as such
     named = {name: _read(name, value) for name, value in flags.items() if value is not None and value != []}
-    return make_settings(given | named, "the command")
+    return make_settings(given | named, "the command", named=option_of)
+
+
+def option_of(name: str) -> str:
+    """Return what the option of a setting is called."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _flag(name: str) -> inspect.Parameter:
@@ -52,7 +58,8 @@ def _flag(name: str) -> inspect.Parameter:
     text = field.description or ""
     kind = _without_none(field.annotation)
     default = "" if field.default is None or field.default == () else str(field.default)
-    option = f"--{name.replace('_', '-')}"
+    default = {"kinship": str(THIRD_DEGREE)}.get(name, default)  # one that others know
+    option = option_of(name)
     given: dict[str, Any] = {"help": text, "show_default": default or False, "rich_help_panel": _panel(name)}
     if kind is bool:
         return _parameter(name, bool | None, typer.Option(f"{option}/--no-{option[2:]}", **given))
@@ -62,7 +69,7 @@ def _flag(name: str) -> inspect.Parameter:
     if get_origin(kind) is Literal:
         return _parameter(name, str | None, typer.Option(option, metavar="|".join(get_args(kind)), **given))
     if get_origin(kind) is tuple:
-        metavar = "A,B" if name == "target" else "N,N"
+        metavar = {"target": "A,B", "crop": "Z,Y,X", "size": "N|H,W|Z,Y,X"}[name]
         return _parameter(name, str | None, typer.Option(option, metavar=metavar, **given))
     plain = kind if kind in (int, float, str) else str
     return _parameter(name, plain | None, typer.Option(option, **given))
@@ -110,6 +117,6 @@ def _read(name: str, value: Any) -> Any:
         key, _, given = text.partition("=")
         if not key.strip() or not given.strip():
             example = "income=ordinal" if name == "task" else "rotation_deg=5, or none"
-            raise ValueError(f"{name} is {text!r}, expected NAME=VALUE, such as {example}")
+            raise ValueError(f"{option_of(name)} is {text!r}, expected NAME=VALUE, such as {example}")
         pairs[key.strip()] = given.strip()
     return pairs

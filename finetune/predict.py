@@ -21,6 +21,7 @@ from extract.probing.apply import check_table_suffix
 from extract.trained import other_store, same_store
 from finetune.build import check_volumes
 from finetune.checkpoints import BEST, LAST, LoadedRun, load_run
+from finetune.cohort import some_rows
 from finetune.evaluate import Outputs, predict_rows, what_to_load
 from finetune.network import ScanNetwork
 from finetune.predictions import prediction_table, write_table
@@ -29,7 +30,6 @@ from finetune.split import PARTS, read_split
 from ingest.errors import StoreError
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
-from loaders.select import select_rows
 from loaders.views import View, plan_picture
 
 
@@ -51,8 +51,8 @@ class Predicted:
         Scans of people of each part of the run's split; none if it is not known.
     warnings
         What is to be told.
-    simulated
-        The scans are, or those that the network was trained on.
+    simulated, trained_on_simulated
+        The scans are; those are that the network was trained on.
     seconds, scans_per_second
         From the first scan to the last.
     precision, batch_size
@@ -66,6 +66,7 @@ class Predicted:
     parts: dict[str, int]
     warnings: list[str]
     simulated: bool
+    trained_on_simulated: bool
     seconds: float
     scans_per_second: float
     precision: str
@@ -78,9 +79,9 @@ class Predicted:
 
 
 def predict_to(
-    out: Path,
+    out: str | Path,
     store: str | Place,
-    run: Path,
+    run: str | Path,
     *,
     where: str | None = None,
     device: str = "auto",
@@ -128,14 +129,13 @@ def predict_to(
     ValueError
         If the network does not take such volumes, no scan is left, or nothing can be predicted for any.
     """
+    out, run = Path(out), Path(run)
     check_table_suffix(out)
     if out.exists() and not overwrite:
         raise StoreError(f"{out} exists; add --overwrite to replace it, or choose another name")
     loaded = load_run(run)
     volumes = open_store(store)
-    rows = select_rows(volumes, where=where)
-    if not len(rows):
-        raise ValueError(f"no scan of {volumes.path} is left" + (f" of which {where!r} is true" if where else ""))
+    rows = some_rows(volumes, where)
     check_volumes(loaded.network, volumes.grid.shape_zyx)
     chosen = choose_device(device)
     dtype = _precision(precision, loaded.settings.precision, chosen)
@@ -172,7 +172,8 @@ def predict_to(
         skipped=outputs.skipped,
         parts=known,
         warnings=warnings,
-        simulated=bool(loaded.attrs.get("simulated") or volumes.attrs["simulated"]),
+        simulated=bool(volumes.attrs["simulated"]),
+        trained_on_simulated=bool(loaded.attrs.get("simulated")),
         seconds=round(seconds, 3),
         scans_per_second=round(len(table) / seconds, 3),
         precision=str(dtype).removeprefix("torch."),

@@ -86,9 +86,16 @@ def print_predicted(done: Predicted, console: Console, errors: Console, *, as_js
         f"{done.path}: {done.scans:,} scans x {len(done.targets)} targets ({', '.join(done.targets)}), in "
         f"{done.seconds:.1f} s ({done.scans_per_second:.1f} scans/s)"
         + ("" if done.precision == "float32" else f", {done.precision}")
-        + (", simulated data" if done.simulated else ""),
+        + _simulated(done),
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
+
+
+def _simulated(done: Predicted) -> str:
+    """Say whether the scans are simulated, or else those that the network was trained on."""
+    if done.simulated:
+        return ", simulated data"
+    return ", network trained on simulated data" if done.trained_on_simulated else ""
 
 
 def _print_skipped(skipped: dict[int, str], errors: Console) -> None:

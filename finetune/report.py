@@ -48,7 +48,7 @@ class Row:
 
 
 def write_finetune_report(
-    path: Path,
+    path: str | Path,
     result: RunResult,
     run: LoadedRun,
     store: VolumeStore | None,
@@ -84,7 +84,7 @@ def write_finetune_report(
         If the file cannot be written.
     """
     page, warnings = render_finetune_report(result, run, store, examples=examples, warnings=warnings)
-    write_page(path, page)
+    write_page(Path(path), page)
     return warnings
 
 

@@ -94,7 +94,7 @@ def write_result(result: RunResult) -> None:
     write_whole(result.run_dir / RESULTS, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
-def read_result(run_dir: Path, heads: list[Head]) -> RunResult:
+def read_result(run_dir: str | Path, heads: list[Head]) -> RunResult:
     """Read a finished run, with its predictions.
 
     Parameters
@@ -107,6 +107,7 @@ def read_result(run_dir: Path, heads: list[Head]) -> RunResult:
     ValueError
         If the run is not finished, or a file of it is damaged.
     """
+    run_dir = Path(run_dir)
     try:
         document = json.loads((run_dir / RESULTS).read_text(encoding="utf-8"))
         table = pd.read_parquet(run_dir / PREDICTIONS)

@@ -82,7 +82,7 @@ class Progress:
 
 def finetune(
     store: str | Place,
-    run_dir: Path,
+    run_dir: str | Path,
     settings: FinetuneSettings,
     *,
     group: Group | None = None,
@@ -124,7 +124,7 @@ def finetune(
     NonFiniteLossError
         If a loss or gradient is not finite.
     """
-    group = group or Group()
+    run_dir, group = Path(run_dir), group or Group()
     with ExitStack() as stack:
         with group.first_here():
             if group.rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -150,23 +150,29 @@ class FinetuneSettings(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def make_settings(given: Mapping[str, Any], source: str = "the settings") -> FinetuneSettings:
+def make_settings(
+    given: Mapping[str, Any], source: str = "the settings", *, named: Callable[[str], str] = str
+) -> FinetuneSettings:
     """Return settings of which some are given.
 
     Parameters
     ----------
     source
         Where they are from, for messages.
+    named
+        What a setting is called there: an option of a command has another name.
 
     Raises
     ------
     ValueError
         Naming an unknown setting and the nearest known one, or a value and what was expected.
     """
-    return build_settings(FinetuneSettings, given, source)
+    return build_settings(FinetuneSettings, given, source, named)
 
 
-def build_settings(kind: type[_Kind], given: Mapping[str, Any], source: str) -> _Kind:
+def build_settings(
+    kind: type[_Kind], given: Mapping[str, Any], source: str, named: Callable[[str], str] = str
+) -> _Kind:
     """Return settings of any class of which some are given; errors are those of `make_settings`."""
     known = list(kind.model_fields)
     for name in given:
@@ -177,7 +183,7 @@ def build_settings(kind: type[_Kind], given: Mapping[str, Any], source: str) -> 
     try:
         return kind(**given)
     except ValidationError as error:
-        raise ValueError(f"{source}: {_in_words(error)}") from None
+        raise ValueError(f"{source}: {_in_words(error, named, known)}") from None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -201,14 +207,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
-def _in_words(error: ValidationError) -> str:
+def _in_words(error: ValidationError, named: Callable[[str], str], known: Sequence[str]) -> str:
     """Return in one line what is wrong with the first bad setting."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "dict[", "tuple[")))
+    where = [part for part in first["loc"] if not str(part).startswith(("literal[", "dict[", "tuple["))]
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" or not name:
-        return message
+    if first["type"] == "value_error" or not where:  # a sentence of our own, which begins with the setting
+        word, _, rest = message.partition(" ")
+        return f"{named(word)} {rest}" if word in known else message
+    name = named(str(where[0]))
     if first["type"] == "missing":  # of several values the last ones
         length = int(error.errors()[-1]["loc"][-1]) + 1
-        return f"{first['loc'][0]} is {','.join(map(str, first['input']))}, expected {length} values"
-    return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+        return f"{name} is {','.join(map(str, first['input']))}, expected {length} values"
+    name = ".".join([name, *(part for part in where[1:] if isinstance(part, str))])
+    verb = "has" if isinstance(where[-1], int) else "is"  # one of several values
+    return f"{name} {verb} {first['input']!r}: {message[0].lower()}{message[1:]}"

@@ -131,8 +131,13 @@ def read_split(path: Path) -> Split:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
+    except FileNotFoundError:
+        raise ValueError(f"no split at {path}; expected the split.csv of a run") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as a split: {error}") from None
+        raise ValueError(
+            f"{path} cannot be read as a split: {getattr(error, 'strerror', None) or error}; expected the split.csv of "
+            "a run"
+        ) from None
     if not lines or tuple(lines[0]) != _COLUMNS:
         raise ValueError(f"{path} has the columns {','.join(lines[0]) if lines else 'none'}, expected participant,part")
     part_of: dict[str, str] = {}

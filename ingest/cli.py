@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 
 from ingest.default_command import RunByDefault
 from ingest.dictionary import VARIABLES
-from ingest.errors import MemoryBudgetError, ObjectStoreError, SourceError, StoreError, TableError
+from ingest.errors import MemoryBudgetError, ObjectStoreError, SchedulerError, SourceError, StoreError, TableError
 from ingest.inspection import summarise_store
 from ingest.interruption import GOES_ON, told_interruption
 from ingest.layouts import Layout
@@ -39,7 +39,6 @@ from ingest.simulate import SimulatedLayout, simulate_cohort
 from ingest.store import DEFAULT_SLAB
 from ingest.verify import verify
 from ingest.withdraw import withdraw
-from ingest.workers import SchedulerError
 
 _MOST_ROWS = 10_000  # a page holds the pictures of fewer
 

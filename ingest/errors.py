@@ -19,6 +19,10 @@ class ObjectStoreError(OSError):
     """An object store that does not answer, refuses, or lacks the bucket."""
 
 
+class SchedulerError(ConnectionError):
+    """A dask scheduler that does not answer, or an address that cannot be one."""
+
+
 class TableError(ValueError):
     """A phenotype table that cannot be read or joined."""
 

@@ -91,7 +91,7 @@ def plan_memory(
             fit = (given - own) // (process + scan)
             advice = f"--workers {fit}, or " if fit > 0 else ""
             raise MemoryBudgetError(
-                f"--max-memory {given}MB is too little for {workers} workers: {mine} + {workers} x "
+                f"--max-memory {_as_given(max_bytes)} is too little for {workers} workers: {mine} + {workers} x "
                 f"({process}MB + {one}) = {needed}MB; use {advice}--max-memory {needed}MB"
             )
         share = (max_bytes - own * _MB) // workers
@@ -99,8 +99,8 @@ def plan_memory(
     fit = (given - own) // scan
     if fit < 1:
         raise MemoryBudgetError(
-            f"--max-memory {given}MB is too little for one scan at a time: {mine} + {one} = {own + scan}MB; "
-            f"use --max-memory {own + scan}MB"
+            f"--max-memory {_as_given(max_bytes)} is too little for one scan at a time: {mine} + {one} = "
+            f"{own + scan}MB; use --max-memory {own + scan}MB"
         )
     threads = min(threads, fit)
     return MemoryPlan(threads, (max_bytes - own * _MB) // threads)
@@ -129,6 +129,11 @@ def _mallopt(parameter: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; musl has none, and needs none
     if mallopt:
         mallopt(parameter, value)
+
+
+def _as_given(size: int) -> str:
+    """Return a limit as it was meant; one below a megabyte was hardly meant in bytes."""
+    return f"{size // _MB}MB" if size >= _MB else f"{size} (bytes, as all sizes without a unit)"
 
 
 def _mb(size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -110,7 +111,7 @@ def write_report(
     store
         A version-1 store; it is only read.
     page
-        The HTML file, replaced if it exists.
+        The HTML file, replaced if it exists; its folder is made.
     rows
         Scans whose pictures are wanted before all others. The pictures of outliers come next.
     page_bytes
@@ -124,19 +125,18 @@ def write_report(
     Raises
     ------
     FileNotFoundError
-        If there is no store, or no folder for the page.
+        If there is no store.
     StoreError
         If the store is of an unknown version or unfinished, a row of `rows` has no volume, the page cannot be written,
         or people were withdrawn from the store meanwhile.
     """
     started = time.perf_counter()
-    if not page.parent.is_dir():
-        raise FileNotFoundError(f"no folder {page.parent} for the report {page.name}; make it, or choose another place")
     if page.is_dir():
         raise StoreError(f"{page} is a folder, expected the name of an HTML file; choose another one")
     opened = open_store(store)
     present = opened.ok_rows
     _check_rows(opened, rows)
+    _make_folder(page)
     threads = threads or min(8, len(os.sched_getaffinity(0)))
     most_pictures = min(len(present), page_bytes // _TYPICAL_PICTURE_BYTES)
     if on_plan:
@@ -255,15 +255,30 @@ def _is_still_true(store: VolumeStore) -> bool:
     return now.attrs.get("store_id") == store.attrs.get("store_id") and not (withdrawn[: len(were)] & ~were).any()
 
 
+def _make_folder(page: Path) -> None:
+    """Make the folder of a page, before minutes are spent on what goes into it."""
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise StoreError(f"{page.parent} is a file, expected the folder of {page.name}; choose another place") from None
+    except OSError as error:
+        raise _not_writable(page, error) from error
+
+
 def _write(page: Path, content: bytes) -> None:
     temporary = page.with_name(f".{page.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(page)
     except OSError as error:
-        raise StoreError(f"the report {page} cannot be written: {error.strerror}; choose another place") from error
+        raise _not_writable(page, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written nothing can be removed, and nothing is there
+            temporary.unlink(missing_ok=True)
+
+
+def _not_writable(page: Path, error: OSError) -> StoreError:
+    return StoreError(f"the report {page} cannot be written: {error.strerror}; choose another place")
 
 
 def _named(store: VolumeStore, cohort: Cohort, row: int) -> NamedOutlier:

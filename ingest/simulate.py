@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 
 import deflate
@@ -19,6 +21,7 @@ import pandas as pd
 from ingest.brains import Anatomy, Effects, flirt_matrix, mni_volume, native_volume
 from ingest.cohort import anatomy_of, bids_table, draw_people, ukb_table, visits_of
 from ingest.convert import SIMULATED_PREFIX
+from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE
 from ingest.store import package_versions
 from ingest.template import load_template
@@ -29,6 +32,13 @@ Age widens the lateral ventricles and lowers the contrast of grey and white matt
 brain and the size of the head. Fluid intelligence changes the shape a little. Household size, income and smoking have
 no effect at all. truth.csv says what was drawn for every scan, simulation.json how large the effects are.
 """
+
+
+class SimulatedLayout(StrEnum):
+    """How the files of a cohort are laid out."""
+
+    ukb = "ukb"
+    bids = "bids"
 
 
 def simulate_cohort(
@@ -73,27 +83,35 @@ def simulate_cohort(
     ValueError
         For an unknown layout or no participants.
     FileExistsError
-        If the folder holds anything.
+        If the folder holds anything, or is a file.
+    StoreError
+        If it cannot be written.
     """
-    if layout not in ("ukb", "bids"):
+    if layout not in list(SimulatedLayout):
         raise ValueError(f"layout {layout!r} is unknown, expected ukb or bids")
     if not 1 <= participants <= 900_000:
         raise ValueError(f"participants is {participants}, expected 1 to 900000")
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; choose a new folder, or empty it")
-    directory.mkdir(parents=True, exist_ok=True)
-    effects = effects or Effects()
     people = draw_people(participants, seed)
     visits = visits_of(people)
-    write_scan = _write_ukb_scan if layout == "ukb" else _write_bids_scan
-    if on_plan:
-        on_plan(len(visits))
+    effects = effects or Effects()
+    record = {
+        "simulated": True,
+        "layout": layout,
+        "participants": participants,
+        "scans": len(visits),
+        "seed": seed,
+        "effects": asdict(effects),
+        "without_effect": ["household_size", "income", "smoking", "site"],
+        "template": "ICBM 2009a nonlinear symmetric, as shipped by nilearn",
+        "created_by": package_versions("nilearn", "numpy", "scipy", "nibabel", "deflate"),
+    }
     load_template()  # once, before the threads
 
     def write(visit: tuple[int, str]) -> dict[str, object]:
         person, session = people.iloc[visit[0]], visit[1]
         anatomy = anatomy_of(person, session, seed)
         rng = np.random.default_rng([seed, 2, int(person["eid"]), int(session)])
+        write_scan = _write_ukb_scan if layout == "ukb" else _write_bids_scan
         file = write_scan(directory, person, session, anatomy, effects, rng)
         if on_scan:
             on_scan()
@@ -108,27 +126,42 @@ def simulate_cohort(
             "head_scale": round(anatomy.head_scale, 5),
         }
 
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as executor:
-        truth = list(executor.map(write, visits))
-    pd.DataFrame(truth).to_csv(directory / "truth.csv", index=False)
-    if layout == "ukb":
-        ukb_table(people).to_csv(directory / "phenotypes.csv", index=False)
-    else:
-        _write_bids_tables(directory, people)
-    (directory / "README").write_text(_README)
-    record = {
-        "simulated": True,
-        "layout": layout,
-        "participants": participants,
-        "scans": len(visits),
-        "seed": seed,
-        "effects": asdict(effects),
-        "without_effect": ["household_size", "income", "smoking", "site"],
-        "template": "ICBM 2009a nonlinear symmetric, as shipped by nilearn",
-        "created_by": package_versions("nilearn", "numpy", "scipy", "nibabel", "deflate"),
-    }
-    (directory / "simulation.json").write_text(json.dumps(record, indent=2) + "\n")
+    with _clear_write_errors(directory):
+        _make_empty(directory)
+        if on_plan:
+            on_plan(len(visits))
+        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as executor:
+            truth = list(executor.map(write, visits))
+        pd.DataFrame(truth).to_csv(directory / "truth.csv", index=False)
+        if layout == "ukb":
+            ukb_table(people).to_csv(directory / "phenotypes.csv", index=False)
+        else:
+            _write_bids_tables(directory, people)
+        (directory / "README").write_text(_README)
+        (directory / "simulation.json").write_text(json.dumps(record, indent=2) + "\n")
     return len(visits)
+
+
+@contextlib.contextmanager
+def _clear_write_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:  # says itself what it is about
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{directory} cannot be written: {error.strerror or error}; choose a folder where there is leave and room "
+            "to write, and remove what was begun here"
+        ) from error
+
+
+def _make_empty(directory: Path) -> None:
+    """Make a folder; FileExistsError if it is there and has something in it, or is none."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file, expected a new or empty folder; choose another name")
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; choose a new folder, or empty it")
+    directory.mkdir(parents=True, exist_ok=True)
 
 
 def _write_ukb_scan(

@@ -167,7 +167,8 @@ def verify(
         if on_plan:
             on_plan(len(ok))
         nbytes = 0
-        with ThreadPoolExecutor(threads) as pool, tempfile.TemporaryDirectory() as scratch:
+        # The folder outlives the threads: interrupted, they still write there for a moment
+        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(threads) as pool:
             buffers = _Buffers(tables.shape_zyx)
             for start in range(0, len(ok), _BATCH):
                 batch = ok[start : start + _BATCH]

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from ingest.errors import SchedulerError
 from ingest.memory import kept_memory
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+_CONNECT_S = 30.0  # in which a scheduler must answer
 _IN_FLIGHT = 3  # batches per worker: enough to hide the scheduler's latency, few enough to stop at once
 #: No profiler. And freed memory is kept, see `ingest.memory`, so dask must not wait for it to be given back.
 _LOCAL_WORKERS = {
@@ -74,6 +76,11 @@ def run_in_processes(
         Bytes at which a local worker is stopped; None shares the machine's memory out.
     lost
         What a task gives that ends its worker, each time that dask tries it (4 times), with nothing else under way.
+
+    Raises
+    ------
+    SchedulerError
+        If nothing answers at the address.
     """
     if not tasks:
         return
@@ -90,7 +97,7 @@ def run_in_processes(
                 )
             client = stack.enter_context(Client(stack.enter_context(cluster)))
         else:
-            client = stack.enter_context(Client(scheduler, timeout=30))
+            client = stack.enter_context(_connect(scheduler))
             client.wait_for_workers(1)
             count = max(1, sum(client.nthreads().values()))
         client.forward_logging("ingest")
@@ -105,6 +112,19 @@ def run_in_processes(
                 yield from results
         for batch, results in _run_batches(client, work, [[task] for task in suspects], at_once=1):
             yield lost(batch[0]) if results is None else results[0]
+
+
+def _connect(scheduler: str) -> Client:
+    from distributed import Client
+
+    try:
+        return Client(scheduler, timeout=_CONNECT_S)
+    except (OSError, OverflowError, ValueError) as error:  # nobody there, or no address
+        where = scheduler if "://" in scheduler else f"tcp://{scheduler}"  # as dask reads it
+        raise SchedulerError(
+            f"no dask scheduler answers at {where}; expected tcp://HOST:PORT of one that runs, and can be reached from "
+            "this machine"
+        ) from error
 
 
 def _run_batch(function: Callable[[Task], Result], batch: Sequence[Task]) -> list[Result]:

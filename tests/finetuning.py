@@ -28,7 +28,7 @@ from finetune.settings import FinetuneSettings, make_settings, read_settings
 from ingest.grid import Grid
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_path, write_shard
-from ingest.store import create_store, grow_store, write_phenotypes, write_scans
+from ingest.store import create_store, resize_store, write_phenotypes, write_scans
 
 SHAPE = (4, 24, 24)  # z, y, x
 PEOPLE, SCANS = 40, 48  # the first eight people have two scans
@@ -72,7 +72,7 @@ def make_brains(path: Path, *, without: Mapping[str, Sequence[int]] | None = Non
     voxels = rng.integers(20, 60, (SCANS, *SHAPE)) + (age * 0.5).astype(int)[:, None, None, None]
     voxels[sex == 1, :, 4:14, 6:16] += 120
     create_store(path, [], Grid(SHAPE, 1.0, tuple(map(tuple, np.eye(4).tolist())), "native"), slab=2)
-    grow_store(path, SCANS)
+    resize_store(path, SCANS)
     rows = []
     for row, person in enumerate(who):
         write_shard(shard_path(path, row), encode_shard(voxels[row].astype(np.uint8), 2))

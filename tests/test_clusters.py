@@ -15,10 +15,12 @@ from pathlib import Path
 import dask
 import numpy as np
 import pytest
+from calling import call
 from conftest import ellipsoid, write_nifti
 from dask.utils import parse_bytes, parse_timedelta
 
 from ingest import open_store
+from ingest.cli import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "clusters.md"
 TEXT = PAGE.read_text()
@@ -117,6 +119,18 @@ def test_the_command_uses_a_cluster_that_is_there(shared):
     assert done.returncode == 0, done.stderr
     assert "6 scans (6 ok)" in done.stdout
     check_store(shared)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "127.0.0.1", "127.0.0.1:99999", "smoke://127.0.0.1:8786"])
+def test_a_scheduler_that_does_not_answer_is_named_in_one_line(shared, monkeypatch, address):
+    monkeypatch.setattr("ingest.workers._CONNECT_S", 0.5)
+    done = call(main, shared / "ukb", shared / "t1.zarr", "--scheduler", address)
+    named = address if "://" in address else f"tcp://{address}"
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: no dask scheduler answers at {named}; expected tcp://HOST:PORT of one that runs, and can be reached "
+        "from this machine"
+    ]
 
 
 @pytest.fixture

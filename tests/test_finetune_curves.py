@@ -35,7 +35,7 @@ from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_path, write_shard
-from ingest.store import create_store, resize_store, open_store, set_attributes, write_phenotypes, write_scans
+from ingest.store import create_store, open_store, resize_store, set_attributes, write_phenotypes, write_scans
 from loaders import View
 
 SHAPE = (16, 20, 16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from finetuning import assert_same_run, call_command, contents, make_brains, run_tiny, stop_after, tiny_settings
 from finetuning import store as store  # a fixture
@@ -9,6 +11,9 @@ from finetuning import table as table  # a fixture
 from finetuning import thin_networks as thin_networks  # a fixture of all tests here
 
 from extract.errors import WeightsUnavailableError
+from finetune.curves import CurveSettings, read_curve, run_curve
+from finetune.export import export_run
+from finetune.predict import predict_to
 from finetune.run import finetune
 from ingest.errors import StoreBusyError, StoreError
 from ingest.lock import store_lock
@@ -27,8 +32,11 @@ def test_a_folder_that_is_no_run_is_left_alone(store, tmp_path):
                 finetune(str(store), folder, tiny_settings(), overwrite=overwrite, report=False)
         assert contents(folder) == {name: text.encode(), "tensorboard/events": b"mine"}
     (tmp_path / "file").write_text("x")
-    with pytest.raises((StoreError, OSError)):
+    with pytest.raises(StoreError, match="file is a file, expected the folder of a run; choose another name"):
         run_tiny(store, tmp_path / "file")
+    with pytest.raises(StoreError, match="file is a file, expected the folder of a curve; choose another name"):
+        run_curve(str(store), tmp_path / "file", tiny_settings())
+    assert (tmp_path / "file").read_text() == "x"
     before = contents(store)
     with pytest.raises(StoreError, match="is no folder of a run"):
         finetune(str(store), store, tiny_settings(), overwrite=True, report=False)
@@ -42,6 +50,15 @@ def test_nothing_is_left_of_a_run_that_cannot_begin(store, tmp_path):
         with pytest.raises((ValueError, WeightsUnavailableError)):
             run_tiny(store, tmp_path / "r", **changes)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_may_be_text(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert finetune(str(store), "r", tiny_settings(epochs=1), report=False).run_dir == Path("r")
+    assert predict_to("p.csv", str(store), "r", threads=1).path == Path("p.csv")
+    assert export_run("r", "w.pt").path == Path("w.pt")
+    run_curve(str(store), "c", tiny_settings(epochs=1), CurveSettings(sizes=(10,), methods=("scratch",), seeds=(0,)))
+    assert read_curve("c").run_dir == Path("c")
 
 
 def test_overwrite_begins_anew(store, tmp_path):

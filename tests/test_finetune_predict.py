@@ -17,6 +17,7 @@ import pytest
 import torch
 from finetuning import SHAPE, call_command, make_brains, tiny_settings
 from networks import assert_close
+from rich.console import Console
 from small_store import make_store
 
 from extract import build_encoder, open_embeddings
@@ -34,6 +35,7 @@ from finetune.export import export_run
 from finetune.heads import Head
 from finetune.network import Input, ScanNetwork
 from finetune.predict import predict_to, without_idle_work
+from finetune.printing import print_predicted
 from finetune.run import finetune
 from ingest.errors import StoreError
 from ingest.shard import shard_path
@@ -163,14 +165,16 @@ def test_numbers_that_are_not_finite_are_no_predictions(place, tmp_path):
         predict_to(tmp_path / "p.parquet", place / "s.zarr", tmp_path / "nan.pt", threads=1)
 
 
-def test_another_store_is_told(place, tmp_path):
+def test_another_store_is_told(place, tmp_path, capsys):
     grid = {"shape_zyx": [160, 192, 160], "voxel_mm": 2.0, "affine_ras": np.eye(4).tolist(), "space": "MNI152"}
     rule = {"rule": "another", "percentile": 99.5}
     attrs = {"store": {"id": "x", "grid": grid, "intensity": rule}, "simulated": True}
     run = with_network(tmp_path / "other", make_scan_network(View.axial, slices=1), **attrs)
     volumes = open_store(place / "s.zarr")
     done = predict_to(tmp_path / "p.csv", place / "s.zarr", run, threads=1)
-    assert done.simulated
+    assert (done.simulated, done.trained_on_simulated) == (False, True)
+    print_predicted(done, Console(), Console(stderr=True), as_json=False)
+    assert capsys.readouterr().out.rstrip().endswith("s), network trained on simulated data")
     assert done.parts == {}, "it has no split"
     assert done.warnings == [
         "the store has space native, voxel_mm 1.0, shape_zyx 4,24,24; the network was trained on space MNI152, "
@@ -377,7 +381,7 @@ def test_names_of_runs(content, tmp_path, monkeypatch):
 
 def test_the_command_says_what_is_no_run(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
-    for run, words in ((tmp_path / "empty", "is a folder without best.pt"), (tmp_path / "none", "is no file")):
+    for run, words in ((tmp_path / "empty", "is a folder without best.pt"), (tmp_path / "none", "nothing is at")):
         assert call_command(monkeypatch, "predict", place / "s.zarr", run, tmp_path / "p.csv") == 3
         said = capsys.readouterr().err
         assert words in said

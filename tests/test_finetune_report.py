@@ -25,7 +25,7 @@ from finetune.settings import make_settings
 from ingest.grid import Grid
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_path, write_shard
-from ingest.store import create_store, grow_store, open_store, write_phenotypes, write_scans
+from ingest.store import create_store, open_store, resize_store, write_phenotypes, write_scans
 from loaders.views import View
 
 HOSTILE = "<script>alert(1)</script>"
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("jane.doe")
     path, shape = folder / "study.zarr", (16, 16, 12)
     create_store(path, [], Grid(shape, 2.0, tuple(map(tuple, np.eye(4).tolist())), "native"), slab=4)
-    grow_store(path, SCANS)
+    resize_store(path, SCANS)
     rng = np.random.default_rng(0)
     sex, age = np.arange(SCANS) % 2.0, rng.uniform(45, 80, SCANS)
     rows = []

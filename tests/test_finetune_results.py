@@ -138,6 +138,20 @@ def test_counts_are_scored_as_probes_score_them():
     assert count.metrics["mae"].score == pytest.approx(np.abs(truth - predicted).mean())
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_perfect_score_of_few_people_is_no_certainty(classes):
+    """The exact interval of as many successes as people of the smallest class (Clopper & Pearson)."""
+    truth = np.array([0] * 5 + [1] * 7 + [2] * 9)[: 12 if classes == 2 else 21]
+    people = np.append(0, np.arange(len(truth) - 1))  # one of the five has two scans
+    head = Head("sex", "multiclass", labels=tuple("abc"[:classes]), frequencies=(1 / classes,) * classes)
+    found = score_head(head, truth.astype(float), np.eye(classes)[truth], people, bootstrap=100)
+    for interval in found.metrics.values():
+        assert (interval.score, interval.high) == (1, 1)
+        assert interval.low == pytest.approx(0.025 ** (1 / 4))
+    unknown = score_head(head, truth.astype(float), np.eye(classes)[truth], people, bootstrap=0)
+    assert all(math.isnan(interval.low) for interval in unknown.metrics.values())
+
+
 def test_balanced_classes_are_taken_as_equally_likely(finished):
     heads = {head.name: head for head in load_run(finished.run_dir).heads}
     assert heads["sex"].frequencies == (0.5, 0.5)

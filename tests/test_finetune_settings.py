@@ -158,9 +158,26 @@ def test_flags_that_are_wrong_are_named(tmp_path, monkeypatch, capsys):
     assert call_command(monkeypatch, "none.zarr", run, "--task", "sex") == 1
     assert "task is 'sex', expected NAME=VALUE, such as income=ordinal" in capsys.readouterr().err
     assert call_command(monkeypatch, "none.zarr", run, "--view", "up") == 1
-    assert "the command: view is 'up'" in capsys.readouterr().err
+    assert "the command: --view is 'up'" in capsys.readouterr().err
+    for flags, message in (
+        (("--train-sizes", "abc"), "--train-sizes has 'abc': input should be a valid integer"),
+        (("--methods", "transfr"), "--methods has 'transfr': input should be 'transfer', 'scratch' or 'probe'"),
+        (("--train-sizes", "5,5"), "--train-sizes are 5,5, expected one or more, each once"),
+    ):
+        assert call_command(monkeypatch, "curve", "none.zarr", run, *flags) == 1
+        assert f"error: the command: {message}" in capsys.readouterr().err
     assert call_command(monkeypatch, "none.zarr", run, "--epoch", "3") == 2
     assert "--epochs" in capsys.readouterr().err
+
+
+def test_flags_show_what_they_take_and_their_defaults():
+    shown = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, ["run", "--help"]).output
+    for flag, words in (
+        ("--crop", r"Z,Y,X "),
+        ("--size", r"N\|H,W\|Z,Y,X "),
+        ("--kinship", r"<float> .*default: \(0\.0442\)"),
+    ):
+        assert re.search(rf"{flag} +{words}", shown), flag
 
 
 def test_each_choice_is_shown_by_its_flag():

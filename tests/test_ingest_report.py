@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,7 @@ from ingest.cli import main
 from ingest.errors import StoreError
 from ingest.grid import MNI152_GRID
 from ingest.outliers import OUTLIER_SCORE
+from ingest.report import _write as write_page
 from ingest.report import write_report
 from ingest.scan import ScanRow
 from ingest.shard import shard_path
@@ -252,10 +255,21 @@ def test_command_line(own_store, tmp_path):
     assert summary["seconds"] > 0
     assert list(pictures_in(page.read_text()))[:3] == [2, 4, 5]
     shard_path(own_store, 0).unlink()
-    done = run("report", own_store, page)
+    done = run("report", own_store, tmp_path / "new" / "folder" / "qc.html")
+    assert (tmp_path / "new" / "folder" / "qc.html").is_file()
     assert done.returncode == 1
     assert "22 scans, 4 outliers" in done.stdout
     assert "damaged: row 0" in done.stderr
+
+
+def test_a_page_that_cannot_be_written_is_named_where_nothing_can_be_removed_either(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("write_bytes", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(StoreError, match=r"r\.html cannot be written: Read-only file system; choose another place"):
+        write_page(tmp_path / "r.html", b"")
 
 
 def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
@@ -272,7 +286,7 @@ def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
 
     failed = row_of(own_store, "9910000")
     for arguments, words in (
-        ((own_store, tmp_path / "nowhere" / "r.html"), ("no folder", "nowhere", "make it")),
+        ((own_store, tmp_path / "text" / "r.html"), ("text is a file", "folder of r.html", "choose another")),
         ((own_store, tmp_path / "folder.html"), ("is a folder", "choose another")),
         ((tmp_path / "text", kept), ("no store at",)),
         ((own_store, kept, "--rows", failed), (f"row {failed}", "bad_nifti")),

@@ -140,6 +140,11 @@ def test_the_arithmetic_of_a_refusal_adds_up_and_its_advice_works(workers, files
         plan_memory((int(advised) - 1) * MB, files, scans=scans, workers=workers)
 
 
+def test_a_limit_without_a_unit_is_shown_as_given():
+    with pytest.raises(MemoryBudgetError, match=r"^--max-memory 4000 \(bytes, as all sizes without a unit\) is too"):
+        plan_memory(4000, [MB], scans=1, workers=0)
+
+
 def test_too_many_workers_are_told_how_many_fit():
     with pytest.raises(MemoryBudgetError, match=r"use --workers (\d+), or --max-memory (\d+)MB") as refused:
         plan_memory(4 * GB, [30 * MB] * 5, scans=5, workers=12)

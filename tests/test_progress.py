@@ -1,4 +1,4 @@
-"""What a user sees of a run: the bar on a terminal, one JSON document, and every unexpected error of any process."""
+"""What a user sees of a run: the bar, one JSON document, its summary, Ctrl-C, and errors that nobody thought of."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from calling import call
 from conftest import ellipsoid, write_nifti
 from rich.console import Console
 
+import finetune.cli
+import ingest.cli
 from ingest.progress import progress_bar
+from ingest.settings import IngestSummary
 
 INGEST = str(Path(sys.executable).with_name("ingest"))
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
@@ -136,6 +140,71 @@ def test_json_is_one_document_and_nothing_else(source, tmp_path, workers):
     assert done.stderr == ""  # no bar, no colours, no chatter of dask
     again = subprocess.run([*command, "--retry-failed"], capture_output=True, text=True, timeout=120)
     assert json.loads(again.stdout)["retried"] == 2
+
+
+def test_the_summary_says_what_was_left_from_before_of_a_store_of_any_name(tmp_path, monkeypatch):
+    summary = IngestSummary(
+        scans=30, status={"bad_nifti": 25, "ok": 5}, seconds=2.0, volumes_per_second=2.5, bytes=0, simulated=False,
+        new=0, changed=1, retried=2, left=4, failures=[("[/y].nii", "bad_nifti", "[/z]")] * 25, warnings=["[/w]"],
+    )  # fmt: skip
+    monkeypatch.setattr("ingest.cli.ingest", lambda *_, **__: summary)
+    done = call(ingest.cli.main, tmp_path, "[/x].zarr")
+    assert done.stdout.startswith(
+        "[/x].zarr: 30 scans (25 bad_nifti, 5 ok; 0 new, 1 changed, 2 tried again, 4 left from before) in 2.0 s"
+    )
+    *_, last, more, warning = done.stderr.splitlines()
+    assert last == "bad_nifti: [/y].nii: [/z]"
+    assert more == "... and 5 more; see the column scans/error of [/x].zarr"
+    assert warning == "warning: [/w]"
+
+
+@pytest.mark.parametrize(
+    ("main", "works", "command", "told"),
+    [
+        (ingest.cli.main, "ingest.cli.ingest", "src s.zarr", "; the same command goes on where it was"),
+        (
+            ingest.cli.main, "ingest.cli.ingest", "src s.zarr --overwrite",
+            "; the same command without --overwrite goes on where it was",
+        ),
+        (ingest.cli.main, "ingest.cli.verify", "verify s.zarr", ""),
+        (ingest.cli.main, "ingest.cli.write_report", "report s.zarr r.html", ""),
+        (ingest.cli.main, "ingest.cli.summarise_store", "inspect s.zarr", ""),
+        (
+            ingest.cli.main, "ingest.cli.simulate_cohort", "simulate new --participants 2",
+            "; remove DIR, and run the same command again",
+        ),
+        (finetune.cli.main, "finetune.cli.finetune", "s.zarr r", "; the same command goes on at the last checkpoint"),
+        (finetune.cli.main, "finetune.cli.predict_to", "predict s.zarr r p.csv", ""),
+        (
+            finetune.cli.main, "finetune.curves.running.run_curve", "curve s.zarr c",
+            "; the same command goes on where it was",
+        ),
+    ],
+)  # fmt: skip
+def test_ctrl_c_is_told_in_one_line(main, works, command, told, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(works, stop)
+    done = call(main, *command.split())
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"interrupted{told}\n")
+
+
+def test_a_command_that_is_misspelt_is_told_from_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for main, command, meant in (
+        (ingest.cli.main, "inspct s.zarr", "inspect"),
+        (finetune.cli.main, "predct s.zarr r p.csv", "predict"),
+    ):
+        done = call(main, *command.split())
+        assert done.returncode == 2
+        assert f"{meant}?" in done.stderr.replace("│", " ").split()
+        assert "did you mean" in done.stderr
+    (tmp_path / "inspct").mkdir()
+    done = call(ingest.cli.main, "inspct", "s.zarr")
+    assert done.returncode == 1
+    assert "did you mean" not in done.stderr
+    assert "no scans" in done.stderr
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

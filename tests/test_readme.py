@@ -90,6 +90,8 @@ def test_the_python_of_the_page_about_fine_tuning_runs(tour, monkeypatch):
     names: dict[str, object] = {}
     exec(compile(train.replace('"t1.zarr"', '"cohort.zarr"'), "docs/finetuning.md", "exec"), names)
     assert names["result"].test[0].name == "sex"
+    assert {"participant", "part", "sex", "sex=female", "sex=male"} <= set(names["predictions"].columns)
+    assert (names["predictions"]["sex"].isin(["female", "male"])).all()
     for kind in ("pt", "pt2"):
         export_run(Path("runs/sex"), Path(f"network.{kind}"))
     exec(compile(state, "docs/finetuning.md", "exec"), names)

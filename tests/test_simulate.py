@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import zipfile
@@ -12,10 +13,13 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from calling import call
 
 from ingest import IngestSettings, ingest, open_store
 from ingest.brains import Anatomy, Effects, mni_volume, native_volume
+from ingest.cli import main
 from ingest.cohort import bids_table, draw_people, ukb_table, visits_of
+from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE, FSL_MNI152_SHAPE
 from ingest.phenotypes import parse_ukb_column
 from ingest.simulate import simulate_cohort
@@ -198,6 +202,31 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         simulate_cohort(tmp_path, 2)
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    done = call(main, "simulate", tmp_path / "file", "--participants", 2)
+    assert done.returncode == 1
+    assert "file is a file, expected a new or empty folder; choose another name\n" in done.stderr
+    done = call(main, "simulate", tmp_path / "file" / "sim", "--participants", 2)
+    assert done.returncode == 1
+    assert "sim cannot be written: Not a directory; choose a folder where there is leave and room" in done.stderr
+
+    def fill_the_disk(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ingest.simulate._write_ukb_scan", fill_the_disk)
+    with pytest.raises(StoreError, match=r"full cannot be written: No space left on device; .* remove what was begun"):
+        simulate_cohort(tmp_path / "full", 2)
+
+
+def test_a_folder_may_have_any_name_and_the_layouts_are_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ingest.cli.simulate_cohort", lambda *_, **__: 3)
+    done = call(main, "simulate", "[/x]", "--participants", 2)
+    assert (done.returncode, done.stdout) == (0, "[/x]: 3 scans of 2 simulated participants\n"), done.stderr
+    assert "<ukb|bids>" in call(main, "simulate", "--help").stdout
 
 
 @pytest.mark.parametrize(("participants", "layout"), [(0, "ukb"), (2, "dicom")])

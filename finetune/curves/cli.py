@@ -14,7 +14,7 @@ from rich.progress import TaskID
 from finetune.curves.files import PAGE
 from finetune.curves.settings import CurveSettings, make_curve_settings
 from finetune.curves.work import CurveProgress
-from finetune.options import Config, settings_from, with_settings
+from finetune.options import Config, option_of, settings_from, with_settings
 from finetune.settings import read_settings
 from ingest.progress import progress_bar
 
@@ -52,6 +52,7 @@ def curve_command(
             "wait": wait, "retry_failed": retry_failed, "keep_weights": keep_weights,
         },
         "the command",
+        named=_option_of,
     )  # fmt: skip
     from finetune.curves.printing import cell_lines, print_curve
     from finetune.curves.running import run_curve
@@ -78,12 +79,15 @@ def curve_command(
 def _refuse_options(config: Path) -> None:
     """Raise ValueError if a file of settings, which are those of each training, has some of the curve."""
     for name in read_settings(config):
-        option = {"sizes": "train-sizes"}.get(name, name.replace("_", "-"))
-        if option == "train-sizes" or option.replace("-", "_") in CurveSettings.model_fields:
+        if name in ("train_sizes", "train-sizes") or name.replace("-", "_") in CurveSettings.model_fields:
             raise ValueError(
                 f"{config}: {name} is not of a training, but of the curve; take it out of the file, and give the "
-                f"command --{option}"
+                f"command {_option_of(name)}"
             )
+
+
+def _option_of(name: str) -> str:
+    return "--train-sizes" if name == "sizes" else option_of(name)
 
 
 def _show(bar: Bar, task: TaskID, progress: CurveProgress) -> None:

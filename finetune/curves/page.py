@@ -31,7 +31,7 @@ class Section:
     table: CurveTable
 
 
-def write_curve_page(path: Path, result: CurveResult) -> None:
+def write_curve_page(path: str | Path, result: CurveResult) -> None:
     """Write the page; it appears whole or not at all, and names no participant and no folder.
 
     Raises
@@ -39,7 +39,7 @@ def write_curve_page(path: Path, result: CurveResult) -> None:
     StoreError
         If the file cannot be written.
     """
-    write_page(path, render_curve_page(result))
+    write_page(Path(path), render_curve_page(result))
 
 
 def render_curve_page(result: CurveResult) -> str:

@@ -12,6 +12,7 @@ from finetune.curves.results import CurveResult
 from finetune.curves.scores import target_curves
 from finetune.curves.settings import CurveSettings
 from finetune.curves.work import CurveProgress, Work
+from finetune.folder import check_no_file
 from finetune.settings import FinetuneSettings
 from ingest.places import Place
 from ingest.store import open_store
@@ -19,7 +20,7 @@ from ingest.store import open_store
 
 def run_curve(
     store: str | Place,
-    run_dir: Path,
+    run_dir: str | Path,
     settings: FinetuneSettings,
     curve: CurveSettings | None = None,
     *,
@@ -69,7 +70,8 @@ def run_curve(
     WeightsUnavailableError
         If the weights cannot be had.
     """
-    curve = curve or CurveSettings()
+    run_dir, curve = Path(run_dir), curve or CurveSettings()
+    check_no_file(run_dir, "curve")
     volumes = open_store(store)
     plan, cohort = make_plan(volumes, run_dir, settings, curve)
     elsewhere = Work(volumes, run_dir, plan, cohort, curve, on_progress).do_all()
@@ -79,7 +81,7 @@ def run_curve(
     return result
 
 
-def read_curve(run_dir: Path, plan: Plan | None = None, *, elsewhere: int = 0) -> CurveResult:
+def read_curve(run_dir: str | Path, plan: Plan | None = None, *, elsewhere: int = 0) -> CurveResult:
     """Read what there is of a curve by now, and compute its scores and intervals.
 
     Parameters
@@ -96,6 +98,7 @@ def read_curve(run_dir: Path, plan: Plan | None = None, *, elsewhere: int = 0) -
     ValueError
         If it is damaged.
     """
+    run_dir = Path(run_dir)
     plan = plan or read_plan(run_dir)
     cells = tuple(read_cell(run_dir, cell) for cell in plan.cells())
     skipped = max((cell.skipped for cell in cells), default=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -85,9 +85,11 @@ class CurveSettings(BaseModel):
         return self
 
 
-def make_curve_settings(given: Mapping[str, Any], source: str = "the settings of the curve") -> CurveSettings:
-    """Return settings of which some are given; errors are those of `finetune.settings.make_settings`."""
-    return build_settings(CurveSettings, given, source)
+def make_curve_settings(
+    given: Mapping[str, Any], source: str = "the settings of the curve", *, named: Callable[[str], str] = str
+) -> CurveSettings:
+    """Return settings of which some are given; arguments and errors are those of `finetune.settings.make_settings`."""
+    return build_settings(CurveSettings, given, source, named)
 
 
 def choose_sizes(sizes: tuple[int, ...] | Literal["auto"], people: int) -> tuple[int, ...]:
