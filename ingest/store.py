@@ -62,6 +62,14 @@ class VolumeStore:
     phenotypes: pd.DataFrame
     variables: dict[str, dict[str, Any]]
 
+    def __repr__(self) -> str:
+        """Say what is in it, in a line."""
+        voxels = " x ".join(map(str, self.grid.shape_zyx))
+        return (
+            f"VolumeStore({self.path}: {len(self.ok_rows)} volumes of {len(self.scans)} scans, {voxels} in "
+            f"{self.grid.space} space, {len(self.phenotypes.columns)} phenotypes)"
+        )
+
     @property
     def ok_rows(self) -> np.ndarray:
         """Rows (int64) that hold a volume."""

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.errors import ShardError
+from loaders.errors import ShardError, as_shard_error
 from loaders.order import BatchPlan
-from loaders.threads import BatchTasks, ScanTask, ScanThreads, as_shard_error
+from loaders.threads import BatchTasks, ScanTask, ScanThreads
 from loaders.timing import Timing
 
 logger = logging.getLogger("loaders")

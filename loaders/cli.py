@@ -66,13 +66,15 @@ def _show(found: Profile, console: Console) -> None:
         f"{settings['threads']} threads)",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="limit of each stage, by itself", title_justify="left")
+    console.print("\nlimit of each stage, by itself", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "scans/s", "GB/s"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in found.stages:
         table.add_row(stage.name, f"{stage.scans_per_second:,.0f}", f"{stage.gigabytes_per_second:.2f}")
     console.print(table, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="the pass, in seconds", title_justify="left")
+    console.print("the pass, in seconds", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("where", "seconds"):
         table.add_column(column, justify="left" if column == "where" else "right")
     for name, seconds in (

@@ -8,6 +8,7 @@ from ingest.errors import StoreError
 from ingest.store import VolumeStore
 
 _INNER_CODECS = ["bytes", "numcodecs.lz4", "crc32c"]
+_FIX = "ingest its source into a new store"
 _INDEX_CODECS = ["bytes", "crc32c"]
 
 
@@ -31,6 +32,6 @@ def check_layout(store: VolumeStore) -> None:
     depth, height, width = store.grid.shape_zyx
     expected = (_INNER_CODECS, _INDEX_CODECS, "end", (1, depth, height, width), (1, store.slab, height, width))
     if found != expected:
-        raise StoreError(f"{store.path}/volumes is laid out as {found}, expected {expected}; ingest it again")
+        raise StoreError(f"{store.path}/volumes is laid out as {found}, expected {expected}; {_FIX}")
     if meta["data_type"] != "uint8":
-        raise StoreError(f"{store.path} holds {meta['data_type']} voxels, this package reads uint8; ingest it again")
+        raise StoreError(f"{store.path} holds {meta['data_type']} voxels, this package reads uint8; {_FIX}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from ingest.store import VolumeStore
 from loaders.batches import BatchPool, loaded_batches
 from loaders.cache import ShardCache
+from loaders.decode import Decoder
+from loaders.errors import describe_scan
 from loaders.fetch import Buffer, Payload, ShardFetcher
 from loaders.order import BatchPlan, Sampling
 from loaders.output import Output, make_decoder
@@ -34,7 +37,7 @@ class Batch:
     participant
         Whose they are.
     valid
-        bool (scan,). False for scans that count for nothing: the picture is empty, for the shard cannot be read
+        bool (scan,). False for scans that count for nothing: the picture is black, for the shard cannot be read
         (``on_error="skip"``), or the scan only fills up the last batch of a rank.
     """
 
@@ -42,6 +45,11 @@ class Batch:
     rows: np.ndarray
     participant: list[str]
     valid: np.ndarray
+
+    def __repr__(self) -> str:
+        """Say how many scans of what kind; the voxels would fill a notebook."""
+        shape, dtype = " x ".join(map(str, self.images.shape)), str(self.images.dtype).removeprefix("torch.")
+        return f"Batch({int(self.valid.sum())} scans that count, images {shape} {dtype} on {self.images.device})"
 
 
 class Loader:
@@ -89,11 +97,11 @@ class Loader:
         self._under_way: int | None = None  # epoch of the pass under way
         self._resume: int | None = None  # epoch of a pass to go on with, which another loader began
         self._participants = store.scans["participant"].to_numpy()
-        self._sources = store.scans["source"].to_numpy()
         self._decoder = make_decoder(store, output, device)
         self._fetcher = ShardFetcher(store, output.picture.slabs, cache, self._decoder.check)
         self._inflates = _inflates(backend, device)
-        write: Callable[[Payload, Any, int], None] = self._write
+        self._describe = functools.partial(describe_scan, store)
+        read, write = _reads(self._fetcher), _decodes(self._decoder)
         if self._inflates:
             from loaders.dali_backend import SlotRing
 
@@ -104,7 +112,7 @@ class Loader:
             self._pool = BatchPool(
                 (largest, *output.picture.shape), self._decoder.table.dtype, pinned=device.type == "cuda"
             )
-        self._threads = ScanThreads(threads, self._read, write, deadline=deadline, describe=self._describe)
+        self._threads = ScanThreads(threads, read, write, deadline=deadline, describe=self._describe)
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -120,13 +128,14 @@ class Loader:
         self.epoch = epoch
 
     def __iter__(self) -> Generator[Batch]:
+        self._threads.check_process()  # before anything waits: DALI's threads are not there either
         epoch = self.epoch
         start, self._resume = (self._position if self._resume == epoch else 0), None
         self.epoch += 1
         self._under_way, self._position = epoch, start
         timing = self.timing
         timing.reset()
-        before = self._threads.read_seconds, self._threads.write_seconds, self._threads.bytes_read
+        before = self._threads.totals()
         begun = time.perf_counter()
         batches = self._images(self.sampling.batches(epoch, start), epoch)
         try:
@@ -135,12 +144,13 @@ class Loader:
                 timing.batches += 1
                 timing.bytes_out += images.numel() * images.element_size()
                 timing.elapsed = time.perf_counter() - begun
-                now = self._threads.read_seconds, self._threads.write_seconds, self._threads.bytes_read
+                now = self._threads.totals()
                 timing.read, timing.decode = now[0] - before[0], now[1] - before[1]
                 timing.bytes_read = now[2] - before[2]
                 self._position = plan.end
                 yield Batch(images, plan.rows, self._participants[plan.rows].tolist(), plan.valid)
                 del images
+                self._threads.check_process()
             self._under_way, self._position = None, 0
         finally:
             batches.close()
@@ -199,7 +209,7 @@ class Loader:
             )  # fmt: skip
         loaded = loaded_batches(
             plans, self._threads, self._pool.take, self._describe, timing,
-            ahead=ahead, skipped=skipped, blank=lambda batch, place: batch[place].fill(0),
+            ahead=ahead, skipped=skipped, blank=lambda batch, place: batch[place].fill(self._decoder.table[0]),
         )  # fmt: skip
         if self.backend == "dali":
             from loaders.dali_backend import through_dali
@@ -214,17 +224,8 @@ class Loader:
 
         return on_cpu(loaded, output, epoch, timing)
 
-    def _read(self, row: int, buffer: Buffer) -> Payload:
-        return self._fetcher.fetch(row, buffer)
-
-    def _write(self, payload: Payload, target: np.ndarray, row: int) -> None:  # noqa: ARG002 - others tell of it
-        self._decoder.decode(payload, target)
-
-    def _describe(self, row: int) -> str:
-        return f"row {row} ({self._sources[row]}) of {self.store.path}"
-
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads; they also end when nobody holds the loader any more."""
         self._threads.close()
 
     def __enter__(self) -> Loader:
@@ -232,6 +233,15 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+# What threads call. No methods of the loader: they would hold it, and nobody could let go of it.
+def _reads(fetcher: ShardFetcher) -> Callable[[int, Buffer], Payload]:
+    return lambda row, buffer: fetcher.fetch(row, buffer)
+
+
+def _decodes(decoder: Decoder) -> Callable[[Payload, Any, int], None]:
+    return lambda payload, target, _: decoder.decode(payload, target)
 
 
 def _inflates(backend: str, device: torch.device) -> bool:

@@ -30,7 +30,7 @@ def open_loader(
     *,
     rows: Sequence[int] | np.ndarray | None = None,
     where: str | None = None,
-    known: Sequence[str] = (),
+    known: str | Sequence[str] = (),
     batch_size: int = 16,
     view: str = "volume",
     slices: int | Sequence[int] = 3,
@@ -140,7 +140,7 @@ def open_loader(
     chosen, where_to = choose_backend(backend, device)
     opened = store if isinstance(store, VolumeStore) else open_store(store)
     check_layout(opened)
-    wanted = select_rows(opened, rows=rows, where=where, known=known)
+    wanted = select_rows(opened, rows=rows, where=where, known=[known] if isinstance(known, str) else known)
     drawn, strata = _draws(opened, wanted, weights, balance, stratify, shuffle=shuffle)
     rank, world_size = _choose_rank(rank, world_size)
     sampling = Sampling(wanted, shuffle, seed, drawn, strata, batch_size, rank, world_size, drop_last)
@@ -171,9 +171,12 @@ def choose_backend(backend: str, device: str | torch.device | None = None) -> tu
         raise ValueError("backend 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use backend 'torch'")
     gpu = torch.cuda.is_available()
     if device is not None:
-        wanted = torch.device(device)
+        try:
+            wanted = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device is {device!r}, expected cpu, cuda, or cuda:N") from None
         if wanted.type not in ("cpu", "cuda"):
-            raise ValueError(f"device is {wanted}, expected cpu or cuda")
+            raise ValueError(f"device is {str(device)!r}, expected cpu, cuda, or cuda:N")
         if wanted.type == "cuda" and not gpu:
             raise ValueError(f"device is {wanted}, but no GPU is at hand; use device 'cpu'")
     else:

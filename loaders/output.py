@@ -70,6 +70,8 @@ class Output:
                 raise ValueError("uint8 pictures are not normalised: leave mean and std, or choose a floating dtype")
             if self.augmentation is not None:
                 raise ValueError("uint8 pictures are not augmented; choose dtype float32, float16 or bfloat16")
+        if self.augmentation is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected 0 to 2**63 - 1 with an augmentation")
         if self.planes is not None:
             check_planes(self.planes, self.picture.shape, self.augmentation, str(self.picture.view))
 

@@ -16,6 +16,7 @@ import torch
 
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
+from loaders.errors import as_shard_error, describe_scan
 from loaders.fetch import Buffer, Payload, ShardFetcher
 from loaders.opening import open_loader
 from loaders.output import Output, make_decoder, torch_dtype
@@ -98,6 +99,8 @@ def profile_store(
     ------
     ValueError
         If the store holds no volume, and as `loaders.open_loader`.
+    ShardError
+        Naming the scan that cannot be read.
     """
     opened = store if isinstance(store, VolumeStore) else open_store(store)
     if not len(opened.ok_rows):
@@ -110,9 +113,10 @@ def profile_store(
     ) as loader:  # fmt: skip
         count = loader.timing.threads
         fetcher = ShardFetcher(opened, picture.slabs)
-        stages = [_read(fetcher, rows, count, "read"), _read(fetcher, rows, count, "read again")]
+        fetch = _naming(opened, rows, lambda number, buffer: fetcher.fetch(int(rows[number]), buffer))
+        stages = [_read(fetch, len(rows), count, name) for name in ("read", "read again")]
         output = Output(picture, torch_dtype(dtype))
-        stages += _decode(opened, output, fetcher, rows, count, loader.device)
+        stages += _decode(opened, output, fetch, rows, count, loader.device)
         if loader.device.type == "cuda":
             stages.append(_copy(stages, picture.shape, loader.backend, loader.device))
         for _ in loader:
@@ -200,18 +204,29 @@ def _in_threads(work: Callable[[int, Buffer], int], count: int, threads: int) ->
     return time.perf_counter() - started, sum(totals)
 
 
-def _read(fetcher: ShardFetcher, rows: np.ndarray, threads: int, name: str) -> Stage:
-    seconds, nbytes = _in_threads(
-        lambda n, buffer: len(fetcher.fetch(int(rows[n]), buffer).content), len(rows), threads
-    )
-    return Stage(name, len(rows) / seconds, nbytes / seconds / 1e9)
+def _naming(store: VolumeStore, rows: np.ndarray, work: Callable[[int, Buffer], Any]) -> Callable[[int, Buffer], Any]:
+    """Return ``work(number, buffer)`` with errors that name the scan; numbers go over the rows again and again."""
+
+    def named(number: int, buffer: Buffer) -> Any:
+        try:
+            return work(number, buffer)
+        except (OSError, ValueError) as error:
+            raise as_shard_error(error, describe_scan(store, int(rows[number % len(rows)]))) from error
+
+    return named
+
+
+def _read(fetch: Callable[[int, Buffer], Payload], count: int, threads: int, name: str) -> Stage:
+    seconds, nbytes = _in_threads(lambda number, buffer: len(fetch(number, buffer).content), count, threads)
+    return Stage(name, count / seconds, nbytes / seconds / 1e9)
 
 
 def _decode(
-    store: VolumeStore, output: Output, fetcher: ShardFetcher, rows: np.ndarray, threads: int, device: torch.device
-) -> list[Stage]:
+    store: VolumeStore, output: Output, fetch: Callable[[int, Buffer], Payload], rows: np.ndarray, threads: int,
+    device: torch.device,
+) -> list[Stage]:  # fmt: skip
     """Measure checking, and decoding with it, of bytes that are in memory."""
-    payloads: list[Payload] = [fetcher.fetch(int(row), Buffer()) for row in rows[:_DECODED_FROM]]
+    payloads: list[Payload] = [fetch(number, Buffer()) for number in range(min(len(rows), _DECODED_FROM))]
     decoder = make_decoder(store, output, device)
     out = np.zeros((len(payloads), *output.picture.shape), decoder.table.dtype)
     count = max(len(rows), 4 * len(payloads))
@@ -227,7 +242,8 @@ def _decode(
         return out[at].nbytes
 
     stages = []
-    for name, work in (("check", check), ("decode", decode)):
+    for name, stage in (("check", check), ("decode", decode)):
+        work = _naming(store, rows[: len(payloads)], stage)
         _in_threads(work, threads, threads)  # compiles what is compiled
         seconds, nbytes = _in_threads(work, count, threads)
         stages.append(Stage(name, count / seconds, nbytes / seconds / 1e9))

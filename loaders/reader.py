@@ -9,11 +9,11 @@ import torch
 
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
+from loaders.errors import as_shard_error, describe_scan
 from loaders.fetch import Buffer, ShardFetcher
 from loaders.layout import check_layout
 from loaders.output import Output, make_decoder
-from loaders.select import check_rows
-from loaders.threads import as_shard_error
+from loaders.select import as_rows
 from loaders.views import plan_picture
 
 
@@ -60,21 +60,27 @@ class VolumeReader:
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return pictures as an array (scan, z, y, x) or (scan, slice, height, width), uint8 or as `output` says.
 
+        Parameters
+        ----------
+        rows
+            Row numbers, or a mask (bool, one for each row of the store), as for `loaders.open_loader`.
+
         Raises
         ------
         IndexError
             If a row holds no volume.
+        ValueError
+            For rows that are no whole numbers, or a mask of another length.
         CorruptShardError
             If a shard is damaged or missing.
         """
-        wanted = check_rows(self.store, np.asarray(rows, dtype=np.int64).reshape(-1))
+        wanted = as_rows(self.store, rows)
         out = np.empty((len(wanted), *self.shape), self._decoder.table.dtype)
         for row, picture in zip(wanted.tolist(), out, strict=True):
             try:
                 self._decoder.decode(self._fetcher.fetch(row, self._buffer), picture)
             except (OSError, ValueError) as error:
-                source = self.store.scans["source"][row]
-                raise as_shard_error(error, f"row {row} ({source}) of {self.store.path}") from error
+                raise as_shard_error(error, describe_scan(self.store, row)) from error
         return out
 
     def __enter__(self) -> VolumeReader:

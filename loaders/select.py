@@ -25,7 +25,8 @@ def select_rows(
         Row numbers, or a mask (bool, one for each row of the store); by default all rows of status ``ok``.
     where
         A condition on the columns of ``scans/`` and ``phenotypes/`` in the language of `pandas.DataFrame.query`:
-        ``"age >= 60 and sex == 1 and session == '2'"``.
+        ``"age >= 60 and sex == 1 and session == '2'"``. A name that both have is refused as it stands; with the
+        backticks, ```phenotypes.mean` < 5`` and ```scans.mean` < 5`` say which is meant.
     known
         Phenotypes that must not be missing.
 
@@ -34,20 +35,10 @@ def select_rows(
     IndexError
         If one of `rows` is not in the store, or holds no volume.
     ValueError
-        For rows that are no whole numbers, a mask of another length, a condition that cannot be evaluated, or an
-        unknown phenotype.
+        For rows that are no whole numbers, a mask of another length, a condition that cannot be evaluated or has a name
+        of two meanings, or an unknown phenotype.
     """
-    if rows is None:
-        wanted = store.ok_rows
-    else:
-        given = np.asarray(rows)
-        if given.dtype == np.bool_:
-            if given.shape != (len(store.scans),):
-                raise ValueError(f"the mask of rows has shape {given.shape}, expected ({len(store.scans)},)")
-            given = np.flatnonzero(given & (store.scans["status"].to_numpy() == "ok"))
-        if given.size and not np.issubdtype(given.dtype, np.integer):
-            raise ValueError(f"rows are {given.dtype}, expected whole numbers, or a mask of bool")
-        wanted = check_rows(store, given.astype(np.int64).reshape(-1))
+    wanted = store.ok_rows if rows is None else as_rows(store, rows)
     for name in known:
         wanted = wanted[~np.isnan(phenotype(store, name)[wanted])]
     if where is not None:
@@ -55,15 +46,25 @@ def select_rows(
     return wanted
 
 
-def check_rows(store: VolumeStore, rows: np.ndarray) -> np.ndarray:
-    """Return rows, all of which hold a volume.
+def as_rows(store: VolumeStore, given: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the row numbers (int64) that a list or a mask means; all of them hold a volume.
 
     Raises
     ------
     IndexError
-        Naming the first that does not.
+        Naming the first row that is not in the store, or holds no volume. (A mask leaves out those that hold none.)
+    ValueError
+        For rows that are no whole numbers, or a mask of another length.
     """
     status = store.scans["status"].to_numpy()
+    found = np.asarray(given)
+    if found.dtype == np.bool_:
+        if found.shape != status.shape:
+            raise ValueError(f"the mask of rows has shape {found.shape}, expected ({len(status)},)")
+        found = np.flatnonzero(found & (status == "ok"))
+    if found.size and not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"rows are {found.dtype}, expected whole numbers, or a mask of bool")
+    rows = found.astype(np.int64).reshape(-1)
     outside = (rows < 0) | (rows >= len(status))
     if outside.any():
         row = rows[np.argmax(outside)]
@@ -115,10 +116,21 @@ def balancing_weights(values: np.ndarray, bins: int = 10) -> np.ndarray:
 
 
 def _matches(store: VolumeStore, where: str) -> np.ndarray:
-    table = pd.concat([store.scans, store.phenotypes.drop(columns=store.scans.columns, errors="ignore")], axis=1)
+    both = store.scans.columns.intersection(store.phenotypes.columns)
+    named = {
+        group: columns.rename(columns={name: f"{group}.{name}" for name in both})
+        for group, columns in (("scans", store.scans), ("phenotypes", store.phenotypes))
+    }
+    table = pd.concat(named.values(), axis=1)
     try:
         matches = table.eval(where)
     except Exception as error:  # of many kinds: syntax, names, types
+        for name in both:
+            if str(error) == f"name {name!r} is not defined":
+                raise ValueError(
+                    f"the condition {where!r} has {name}, which is a column of the scans and a phenotype; write "
+                    f"`scans.{name}` or `phenotypes.{name}`, with the backticks"
+                ) from None
         raise ValueError(
             f"the condition {where!r} cannot be evaluated: {error}; columns are {', '.join(map(str, table.columns))}"
         ) from None

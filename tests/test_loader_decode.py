@@ -17,7 +17,7 @@ from ingest.decode import COMPILED
 from ingest.grid import NATIVE_GRID
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_name, shard_path, write_shard
-from ingest.store import VolumeStore, create_store, grow_store, open_store, write_scans
+from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
 from loaders import CorruptShardError, VolumeReader, fetch, open_loader
 from loaders.decode import Decoder
 from loaders.fetch import Buffer, Payload, ShardFetcher
@@ -205,7 +205,7 @@ def test_decoders_agree_on_the_usual_grid(tmp_path, view, dtype):
     volume[rng.random(volume.shape) < 0.7] = 0
     volume[:37] = 0
     create_store(tmp_path / "s.zarr", [], NATIVE_GRID)
-    grow_store(tmp_path / "s.zarr", 1)
+    resize_store(tmp_path / "s.zarr", 1)
     write_shard(shard_path(tmp_path / "s.zarr", 0), encode_shard(volume, SLAB))
     write_scans(tmp_path / "s.zarr", [ScanRow("p", "", "T1", "p.nii.gz", status="ok")])
     store = open_store(tmp_path / "s.zarr")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ import pytest
 from small_store import make_store
 
 from ingest.shard import shard_path
-from loaders import CorruptShardError, ShardError, SlowReadError, open_loader
+from loaders import Augmentation, Batch, CorruptShardError, ShardError, SlowReadError, open_loader
 from loaders.decode import Decoder
 
 SCANS = 12
@@ -53,8 +57,11 @@ def freed() -> Iterator[list[Path]]:
     pipes: list[Path] = []
     yield pipes
     for pipe in pipes:
+        descriptor = os.open(pipe, os.O_PATH)
+        pipe.unlink()  # first, for whoever finds that this is no file looks at it again
         with contextlib.suppress(OSError):  # nobody waits there
-            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+            os.close(os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK))
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,7 +141,9 @@ def test_a_bad_shard_is_an_error_or_skipped(store, voxels, backend, fault):
             path.touch()
     with (
         open_loader(store, batch_size=5, backend=backend) as loader,
-        pytest.raises(CorruptShardError, match=r"row 6 \(6.nii.gz\) of .* cannot be read: .*; ingest its source again"),
+        pytest.raises(
+            CorruptShardError, match=r"row 6 \(6.nii.gz\) of .*: .*; ingest verify STORE --against SRC --repair"
+        ),
     ):
         list(loader)
     with open_loader(store, batch_size=5, backend=backend, on_error="skip") as loader:
@@ -146,6 +155,25 @@ def test_a_bad_shard_is_an_error_or_skipped(store, voxels, backend, fault):
             np.testing.assert_array_equal(images[valid], voxels[valid])
             assert not images[6].any()
         assert list(loader.skipped) == [6]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "float32"},
+        {"dtype": "float16", "view": "axial", "slices": [0, 9]},
+        {"dtype": "bfloat16", "channels": 3},
+        {"dtype": "float32", "augmentation": Augmentation(noise=0)},
+    ],
+)
+def test_a_skipped_picture_is_as_black_as_the_background_of_others(store, backend, settings):
+    shard_path(store, 6).unlink()
+    options = {"mean": 0.5, "std": 0.25, "backend": backend, "device": "cpu", "on_error": "skip", **settings}
+    with open_loader(store, batch_size=SCANS, **options) as loader:
+        (batch,) = loader
+    assert (batch.images[6] == -2).all()
+    assert batch.images[5].min() == -2, "a slab of it is empty"
 
 
 def test_a_fault_that_no_scan_is_to_blame_for_is_not_skipped(store, monkeypatch):
@@ -187,12 +215,57 @@ def test_a_closed_loader_says_so_and_closing_twice_is_no_error(store):
         list(loader)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_loader_that_nobody_holds_is_freed_and_its_threads_end(store, backend, begun):
+    before = set(threading.enumerate())
+    loader = open_loader(store, batch_size=2, backend=backend, device="cpu", threads=3)
+    threads = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("decode")]
+    assert len(threads) == 3
+    if begun:
+        for _ in loader:
+            break  # in the middle of a pass
+    freed = weakref.ref(loader)
+    del loader
+    gc.collect()  # DALI's pipelines refer to themselves
+    assert freed() is None
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_no_threads_are_left(store):
     before = threading.active_count()
     for _ in range(3):
         with open_loader(store, batch_size=2, backend="torch", threads=3) as loader:
             next(iter(loader))
     assert threading.active_count() == before
+
+
+def tell_what_is_wrong(batches: Iterable[Batch], answers: Connection) -> None:
+    try:
+        list(batches)
+    except ValueError as error:
+        answers.send(str(error))
+
+
+@pytest.mark.parametrize(("backend", "begun"), [("torch", False), ("dali", False), ("torch", True)])
+def test_a_loader_that_is_used_in_a_forked_process_says_so(store, backend, begun):
+    with open_loader(store, batch_size=6, backend=backend, device="cpu") as loader:
+        batches = iter(loader)
+        if begun:
+            next(batches)  # the last one is under way: its end is waited for, and nothing more given to the threads
+        here, there = multiprocessing.Pipe()
+        arguments = (batches if begun else loader, there)
+        child = multiprocessing.get_context("fork").Process(target=tell_what_is_wrong, args=arguments)
+        child.start()
+        answered = here.poll(30)
+        child.kill()
+        child.join()
+        assert answered, "it hangs"
+        assert "is used in process" in (error := here.recv())
+        assert "open it in the worker that uses it" in error
+        assert len(list(batches)) == 2 - begun, "here it goes on"
 
 
 PROGRAM = """

@@ -16,7 +16,8 @@ import pytest
 import torch
 from small_store import make_store
 
-from loaders import open_loader
+from ingest.shard import shard_path
+from loaders import CorruptShardError, open_loader
 from loaders.cli import main
 from loaders.profile import Stage, judge, profile_store
 from loaders.timing import Timing
@@ -144,6 +145,17 @@ def test_command(store, tmp_path, monkeypatch, capsys):
     assert len(error.splitlines()) == 1
     make_store(tmp_path / "empty.zarr", 2, bad=(0, 1))
     assert "holds no volume with status ok" in error_of(tmp_path / "empty.zarr")
+
+
+@pytest.mark.parametrize(("at", "reason"), [(-20, "checksum of the index is wrong"), (300, "slab . has a wrong ch")])
+def test_a_scan_that_cannot_be_read_is_named(tmp_path, at, reason):
+    make_store(tmp_path / "s.zarr", 3)
+    path = shard_path(tmp_path / "s.zarr", 1)
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CorruptShardError, match=rf"row 1 \(1.nii.gz\) of .*: .*{reason}.*; ingest verify STORE"):
+        profile_store(tmp_path / "s.zarr", backend="torch", threads=5)
 
 
 class Event:

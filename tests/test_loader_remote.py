@@ -16,6 +16,7 @@ import pytest
 from faulty_proxy import Fault, FaultyProxy
 from s3_server import S3Server, s3_server, use
 from small_store import SHAPE, SLAB, make_store
+from torch.utils.data import DataLoader
 
 from ingest import places
 from ingest.errors import ObjectStoreError
@@ -23,8 +24,8 @@ from ingest.grid import NATIVE_GRID
 from ingest.places import as_place
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_name, shard_path, write_shard
-from ingest.store import VolumeStore, create_store, grow_store, open_store, write_scans
-from loaders import CorruptShardError, SlowReadError, VolumeReader, fetch, open_loader
+from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
+from loaders import CorruptShardError, SlowReadError, VolumeDataset, VolumeReader, fetch, open_loader
 
 SCANS = 24
 LARGE = 3
@@ -58,7 +59,7 @@ def large(server, tmp_path_factory) -> Path:
     """Return a store of volumes of the usual size, which lies at s3://stores/large.zarr too; a slab has 58 KB."""
     path = tmp_path_factory.mktemp("remote") / "large.zarr"
     create_store(path, [], NATIVE_GRID)
-    grow_store(path, LARGE)
+    resize_store(path, LARGE)
     rng = np.random.default_rng(0)
     for row in range(LARGE):
         volume = rng.integers(0, 256, NATIVE_GRID.shape_zyx, dtype=np.uint8)
@@ -202,15 +203,15 @@ def test_answers_that_are_cut_in_the_middle_of_large_shards(large, network):
     assert network.injected["cut"] == 2 * LARGE
 
 
-FAULTS: dict[str, bytes | None] = {"missing": None, "empty": b"", "short": b"x" * 50, "another": b"x" * 1000}
+FAULTS = [(None, "no s3://"), (b"", "has 0 bytes"), (b"x" * 50, "has 50 bytes"), (b"x" * 1000, "checksum")]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("content", "reason"), FAULTS, ids=["missing", "empty", "short", "another"])
 @pytest.mark.parametrize("settings", VIEWS[:2], ids=lambda settings: settings["view"])
-def test_a_bad_object_is_named_or_skipped(local, store, fault, settings):
+def test_a_bad_object_is_named_or_skipped(local, store, content, reason, settings):
     expected = images_of(local, **settings)
     expected[13] = 0
-    with instead(13, FAULTS[fault]):
+    with instead(13, content):
         with pytest.raises(
             CorruptShardError, match=r"row 13 \(13.nii.gz\) of s3://stores/s.zarr cannot be read: .+; i"
         ):
@@ -219,13 +220,7 @@ def test_a_bad_object_is_named_or_skipped(local, store, fault, settings):
             batches = list(loader)
     np.testing.assert_array_equal(np.concatenate([batch.images for batch in batches]), expected)
     assert [int(row) for batch in batches for row in batch.rows[~batch.valid]] == [13] == list(loader.skipped)
-    reason = {
-        "missing": "there is no s3://",
-        "empty": "has 0 bytes, expected",
-        "short": "has 50 bytes, expected",
-        "another": "checksum",
-    }
-    assert reason[fault] in loader.skipped[13]
+    assert reason in loader.skipped[13]
     assert loader.timing.scans == SCANS - 1
 
 
@@ -240,7 +235,9 @@ def test_an_object_that_is_too_large_is_not_downloaded(store, network, settings)
 
 def test_what_the_store_refuses_names_the_scan(store, network, monkeypatch):
     network.reset(Fault("status", on="GetObject", key=SHARDS + "5/", status=403))
-    with pytest.raises(CorruptShardError, match=r"row 5 \(5.nii.gz\) of .*: .*access denied; check AWS_ACCESS_KEY_ID"):
+    with pytest.raises(
+        CorruptShardError, match=r"row 5 \(5.nii.gz\) of .*: .*access denied; .* allows; or leave the row"
+    ):
         images_of(store)
     monkeypatch.setitem(places._RETRY, "max_retries", 1)
     places._client.cache_clear()
@@ -250,6 +247,12 @@ def test_what_the_store_refuses_names_the_scan(store, network, monkeypatch):
     network.reset(Fault("status", status=500))
     with pytest.raises(ObjectStoreError, match="s3://stores/sub-403/a cannot be reached"):
         as_place("s3://stores/sub-403/a").read_bytes()  # whose name is not taken for "403 Forbidden"
+
+
+def test_a_forked_process_is_told_that_it_cannot_read(store):
+    workers = DataLoader(VolumeDataset(store), num_workers=1, multiprocessing_context="fork", timeout=30)
+    with pytest.raises(ObjectStoreError, match=r's3://stores/.* was forked .*\(..., multiprocessing_context="spawn"\)'):
+        list(workers)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -11,8 +11,8 @@ from sampled_store import store as store  # a fixture
 from sampled_store import voxels as voxels  # a fixture
 from small_store import make_store
 
-from ingest.store import open_store
-from loaders import Augmentation, open_loader
+from ingest.store import open_store, write_phenotypes
+from loaders import Augmentation, VolumeReader, open_loader
 from loaders.select import balancing_weights, select_rows, strata_of
 
 
@@ -75,11 +75,40 @@ def test_selections_that_cannot_be_are_refused(store, arguments, error, message)
         select_rows(store, **arguments)
 
 
+def test_a_name_of_two_columns_must_say_which_is_meant(tmp_path):
+    make_store(tmp_path / "s.zarr", 4)
+    write_phenotypes(tmp_path / "s.zarr", pd.DataFrame({"scale": [5.0, 6, 7, 8], "age": [50.0, 60, 70, 80]}), {})
+    store = open_store(tmp_path / "s.zarr")
+    for where in ("scale < 7", "age > 50 and `scale` < 7"):
+        with pytest.raises(
+            ValueError, match=r"has scale, which is a column of the scans and a phenotype; write `scans\.scale` or `ph"
+        ):
+            select_rows(store, where=where)
+    assert select_rows(store, where="`phenotypes.scale` < 7").tolist() == [0, 1]
+    assert select_rows(store, where="`scans.scale` == 1 and age > 60").tolist() == [2, 3]
+    assert select_rows(store, where="age > 70").tolist() == [3], "one that is not asked for does no harm"
+    assert select_rows(store, known=["scale"]).tolist() == [0, 1, 2, 3]
+
+
+def test_a_reader_takes_rows_as_a_loader_does(store, voxels):
+    with VolumeReader(store) as reader:
+        np.testing.assert_array_equal(reader.read(np.arange(SCANS) < 6), voxels[[0, 1, 2, 3, 5]])
+        np.testing.assert_array_equal(reader.read([9, 2, 2]), voxels[[9, 2, 2]])
+        assert reader.read([]).shape == (0, *reader.shape)
+        for rows, message in (([2.7], "rows are float64, expected whole"), ([True], r"mask of rows has shape \(1,\)")):
+            with pytest.raises(ValueError, match=message):
+                reader.read(rows)
+
+
 def test_a_loader_of_selected_scans_has_those(store, voxels):
     with open_loader(store, where="sex == 1", known=["age"], batch_size=100, backend="torch") as loader:
         (batch,) = loader
     assert batch.rows.tolist() == [row for row in OK if row % 2 and row not in (9, 11)]
     np.testing.assert_array_equal(batch.images.numpy(), voxels[batch.rows])
+    shape = " x ".join(map(str, batch.images.shape))
+    assert repr(batch) == f"Batch({len(batch.rows)} scans that count, images {shape} uint8 on cpu)"
+    with open_loader(store, where="sex == 1", known="age", batch_size=100, backend="torch") as loader:
+        assert next(iter(loader)).rows.tolist() == batch.rows.tolist()
     with open_loader(store, where="age > 1000", shuffle=True, stratify="sex", backend="torch") as loader:
         assert len(loader) == len(list(loader)) == 0
         assert loader.state_dict()["position"] == 0
@@ -165,6 +194,10 @@ def test_stratified_batches_have_each_sex_in_proportion(store):
         ({"world_size": 2}, "rank is None and world_size 2, expected both or neither"),
         ({"rank": 2, "world_size": 2}, "rank is 2 of world_size 2"),
         ({"seed": -1}, "seed is -1, expected 0 or more"),
+        (
+            {"seed": 2**63, "augmentation": Augmentation(), "dtype": "float32"},
+            r"seed is 9223372036854775808, expected 0 to 2\*\*63 - 1 with an augmentation",
+        ),
         ({"on_error": "ignore"}, "on_error is 'ignore', expected raise or skip"),
         ({"deadline": 0}, "deadline is 0, expected a number of seconds above 0"),
         ({"deadline": float("nan")}, "deadline is nan"),
@@ -172,7 +205,8 @@ def test_stratified_batches_have_each_sex_in_proportion(store):
         ({"cache_bytes": 1000}, "a cache needs both cache_dir and cache_bytes"),
         ({"cache_dir": "somewhere"}, "a cache needs both"),
         ({"backend": "numpy"}, "backend 'numpy' is unknown, expected one of auto, dali, torch"),
-        ({"device": "meta"}, "device is meta, expected cpu or cuda"),
+        ({"device": "meta"}, "device is 'meta', expected cpu, cuda, or cuda:N"),
+        ({"device": "gpu"}, "device is 'gpu', expected cpu, cuda, or cuda:N"),
         ({"view": "triplanar"}, "load volumes and cut them with loaders.slices_of"),
         ({"dtype": "float64"}, "dtype is float64, expected one of uint8, float32"),
         ({"augmentation": Augmentation()}, "uint8 pictures are not augmented"),
