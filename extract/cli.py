@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,9 +19,11 @@ from extract.embeddings import check_suffix, local_path
 from extract.encoder import DEFAULT_MODEL, Encoder, InputWarning, build_encoder
 from extract.fast import CompileWarning
 from extract.models import about_pictures
+from extract.probing.writing import MAKE_ROOM, is_full
 from extract.resume import ExtractSummary, extract_to
 from extract.timing import Timing
 from extract.weights import WeightsUnavailableError, about_store
+from ingest.interruption import GOES_ON, told_interruption
 from ingest.progress import progress_bar
 from ingest.store import open_store
 from loaders.views import View
@@ -149,8 +152,8 @@ def _print_summary(out: Path, encoder: Encoder, summary: ExtractSummary, *, as_j
         more = len(summary.skipped) - _SHOWN_SKIPPED
         errors.print(
             (f"... and {more} more; " if more > 0 else "")
-            + f"{len(summary.skipped)} scans are left out; repair them with ingest verify STORE --repair, then run the "
-            "same command again",
+            + f"{len(summary.skipped)} scans are left out; repair them with ingest verify STORE --against SRC "
+            "--repair, then run the same command again",
             soft_wrap=True, highlight=False, markup=False,
         )  # fmt: skip
     if as_json:
@@ -188,7 +191,8 @@ def _print_summary(out: Path, encoder: Encoder, summary: ExtractSummary, *, as_j
 def main() -> None:
     """Run the command; expected failures are one line on stderr and exit code 1, or 3 if weights cannot be had."""
     try:
-        app()
+        with told_interruption(errors, {"run": GOES_ON.format("")}):  # with --overwrite, too
+            app()
     except WeightsUnavailableError as error:
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(WEIGHTS_UNAVAILABLE)
@@ -196,7 +200,11 @@ def main() -> None:
         reason = str(error).splitlines()[0]
         errors.print(f"error: {reason}; use a smaller --batch-size", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        text = f"{os.strerror(error.errno or 0)}; {MAKE_ROOM}" if is_full(error) else str(error)
+        errors.print(f"error: {text}", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(1)
+    except ValueError as error:
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)
 

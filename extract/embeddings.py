@@ -76,6 +76,20 @@ class Embeddings:
     variables: dict[str, dict[str, Any]] = field(default_factory=dict)
     attrs: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return one line: a table of every scan, or all that is known of each phenotype, fills the screen."""
+        return f"Embeddings({self.in_words()}; {len(self.phenotypes.columns)} phenotypes)"
+
+    def in_words(self) -> str:
+        """Return in one line what this is: ``204 scans x 512 features, resnet18, imagenet weights``."""
+        size = f"{len(self.scans)} scans x {self.features.shape[-1]} features"
+        weights = (self.attrs.get("weights") or {}).get("name", "unknown")
+        return (
+            f"{size}, {self.attrs.get('model', 'unknown model')}, {weights} weights"
+            + (f", layer {self.attrs['layer']}" if self.attrs.get("layer") else "")
+            + (", simulated data" if self.attrs.get("simulated") else "")
+        )
+
     def frame(self) -> pd.DataFrame:
         """Return one table: who it is, phenotypes, features ``f0``, ``f1``, ...
 
@@ -210,6 +224,8 @@ def _one_layer(embeddings: Embeddings, layer: str, path: Path) -> Embeddings:
     width = embeddings.features.shape[1]
     only = [{"name": embeddings.attrs.get("layer"), "features": width, "start": 0}]
     layers: list[dict[str, Any]] = embeddings.attrs.get("layers") or only
+    if layers == only and only[0]["name"] is None:
+        raise StoreError(f"{path} does not say which layers it has, so {layer!r} is not known; leave the layer out")
     try:
         found = {one["name"]: one for one in layers}.get(layer)
         if found is None:
@@ -322,4 +338,4 @@ def local_path(path: str | Path) -> Path:
 def check_suffix(path: Path) -> None:
     """Raise StoreError if the name's ending is no kind of embedding file."""
     if path.suffix not in KINDS:
-        raise StoreError(f"{path.name} ends in {path.suffix!r}, expected one of {', '.join(KINDS)}")
+        raise StoreError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(KINDS)}")

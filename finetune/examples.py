@@ -113,7 +113,7 @@ def make_examples(
                 try:
                     volume = reader.read([row])[0]
                 except (CorruptShardError, IndexError):  # their message names the source, and so the participant
-                    warnings.append(f"row {row} of the store is damaged and not shown; ingest it again")
+                    warnings.append(f"row {row} of the store is damaged and not shown; see: ingest verify STORE")
                 else:
                     shown.append(_example(run, number, found, position, volume, why))
     except (OSError, ValueError, KeyError, TypeError):  # what damaged metadata come to

@@ -13,6 +13,7 @@ import pytest
 from embedded import make_embeddings
 
 from extract import Embeddings, open_embeddings, write_embeddings
+from extract.probing.probe import probe
 from ingest.errors import StoreError
 
 N = 6
@@ -182,3 +183,23 @@ def test_only_what_is_relied_on_is_checked(tmp_path):
         found = open_embeddings(tmp_path / f"e{kind}")
         assert {key: found.attrs[key] for key in attrs} == attrs
         assert found.variables == {"sex": {"labels": {"0": "f"}, "source": [1]}}
+
+
+def test_a_probe_takes_no_texts_or_dates_for_numbers():
+    for name, values in (("scanned", pd.date_range("2020-01-01", periods=N)), ("handed", ["left"] * N)):
+        with pytest.raises(ValueError, match=f"phenotype {name} is .*; give numbers, NaN where missing"):
+            probe(some(age=np.arange(N) * 1.0, **{name: values}), ["age"])
+        with pytest.raises(ValueError, match=f"phenotype {name} is .*; give numbers, NaN where missing"):
+            probe(some(**{name: values}))
+
+
+def test_a_file_that_names_no_layers_says_so(tmp_path):
+    write_embeddings(tmp_path / "emb.h5", some(age=np.arange(N) * 1.0))
+    with pytest.raises(StoreError, match=r"emb\.h5 does not say which layers it has, so 'avgpool' is not known; leave"):
+        open_embeddings(tmp_path / "emb.h5", layer="avgpool")
+
+
+def test_embeddings_are_shown_in_one_line():
+    shown = repr(some(age=np.arange(N) * 1.0, sex=np.arange(N) % 2))
+    assert shown == "Embeddings(6 scans x 2 features, resnet18, random weights, simulated data; 2 phenotypes)"
+    assert repr(Embeddings(np.zeros((3, 2)), pd.DataFrame(index=range(3)), pd.DataFrame())).startswith("Embeddings(3 ")

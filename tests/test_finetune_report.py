@@ -174,7 +174,7 @@ def test_why_there_are_no_maps_is_told(tmp_path, folder, trained):
     found = make_examples(run, result.test, store, 4)
     assert [one.row for one in found.shown] == [first.shown[k].row for k in (0, 2, 3)]
     row = first.shown[1].row
-    assert found.warnings == [f"row {row} of the store is damaged and not shown; ingest it again"]
+    assert found.warnings == [f"row {row} of the store is damaged and not shown; see: ingest verify STORE"]
     shutil.rmtree(tmp_path / "study.zarr")
     found = make_examples(run, result.test, store, 4)
     assert found.shown == []

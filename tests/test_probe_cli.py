@@ -121,7 +121,9 @@ def test_confounds_groups_bins_and_draws_reach_the_results(run, folder):
     assert "confounds alone" in out
 
 
-@pytest.mark.parametrize(("arguments", "sizes"), [(["--curve"], [50, 80]), (["--curve", "20,30"], [20, 30, 80])])
+@pytest.mark.parametrize(
+    ("arguments", "sizes"), [(["--curve"], [12, 25, 50, 80]), (["--curve", "20,30"], [20, 30, 80])]
+)
 def test_curves_have_default_sizes_or_those_asked_for(run, arguments, sizes):
     code, out, _ = run(*arguments, "2d.h5", "--targets", "age", "--repeats", 1, "--json")
     assert code == 0
@@ -150,6 +152,7 @@ def test_models_are_saved_and_applied(run, folder):
         "scans": 120,
         "targets": ["gender", "age"],
         "simulated": True,
+        "phenotypes": None,
     }
     predictions = pd.read_csv(folder / "new" / "p.csv")
     expected = refit(embeddings, "age", settings=ProbeSettings(repeats=1, confounds=("site",)))
@@ -269,10 +272,12 @@ def test_a_saved_layer_is_the_one_applied_to(run, folder):
         (["2d.h5", "noise.zarr", "--save", "m.json"], 2, ["models are saved of one"]),
         (["2d.h5", "--save", "m.pkl"], 1, [".pkl", ".json"]),
         (["2d.h5", "--report", "r.pdf"], 1, ["'.pdf'; a report is written as .html"]),
+        (["2d.h5", "--report", "."], 1, ["error: . ends in ''"]),
         (["2d.h5", "--report", "taken.html"], 1, ["taken.html is a folder"]),
         (["2d.h5", "--save", "2d.h5/m.json"], 1, ["2d.h5 is a file, expected a folder"]),
         (["nobody.npz"], 1, ["nobody has 0 scans"]),
         (["2d.h5", "--groups", "strangers.csv"], 1, ["such as '1234567'", "(such as '9000000')"]),
+        (["2d.h5", "--curve", "abc"], 2, ["--curve abc: expected sizes such as 100,1000, or nothing"]),
         (["2d.h5", "--curve=5,5"], 2, ["10 people or more"]),
         (["2d.h5", "--curve=many"], 2, ["100,500,1000"]),
         (["2d.h5", "--bins", "age=x"], 2, ["age=55,65"]),
@@ -280,7 +285,7 @@ def test_a_saved_layer_is_the_one_applied_to(run, folder):
         (["2d.h5", "--bins", "age=2", "--bins", "age=3"], 2, ["age is given 2 times"]),
         (["2d.h5", "--task", "age=count", "--task", "age=ordinal"], 2, ["age is given 2 times"]),
         (["2d.h5", "--task", "sex=binary", "--task", "gender=count"], 1, ["'gender' is given 'binary' and 'count'"]),
-        (["noise.zarr", "--layer", "avgpool"], 1, ["does not say which layers it has", "leave out --layer"]),
+        (["noise.zarr", "--layer", "avgpool"], 1, ["does not say which layers it has", "leave the layer out"]),
         (["2d.h5", "--confounds", "height"], 1, ["height"]),
         (["2d.h5", "--groups", "kin.csv"], 1, ["kin.csv"]),
         (["2d.h5", "--kinship", "0.1"], 1, ["kinship=0.1 needs groups"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calling import call
 from embedded import make_cohort
 
 from extract.embeddings import Embeddings, write_embeddings
@@ -19,6 +21,8 @@ from extract.probing.numbers import in_digits
 from extract.probing.probe import probe
 from extract.probing.results import Interval, TargetResult
 from extract.probing.settings import ProbeSettings
+from extract.probing.writing import write_whole
+from ingest.errors import StoreError
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +165,60 @@ def test_command_names_what_is_no_embedding_file(tmp_path, monkeypatch, capsys):
         main()
     assert stopped.value.code == 1
     assert ".zarr, .h5" in capsys.readouterr().err
+
+
+def test_files_of_others_are_never_replaced(cohort, tmp_path):
+    emb, model, page, table = (tmp_path / name for name in ("emb.h5", "m.json", "r.html", "people.csv"))
+    write_embeddings(emb, cohort)
+    options = (emb, "--targets", "age", "--repeats", 1)
+    for _ in range(2):  # the second time they are replaced
+        assert call(main, *options, "--save", model, "--report", page).returncode == 0
+    for option, path, text in (("--save", model, '{"name": "mine"}'), ("--report", page, "<html>mine</html>")):
+        (tmp_path / f"other{path.suffix}").write_text(text)
+        done = call(main, *options, option, tmp_path / f"other{path.suffix}")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"other{path.suffix} exists and is not a" in done.stderr
+        assert (tmp_path / f"other{path.suffix}").read_text() == text
+    table.write_text("eid,31-0.0")
+    done = call(main, "apply", model, emb, table)
+    assert (done.returncode, table.read_text()) == (1, "eid,31-0.0")
+    assert done.stderr == f"error: {table} exists; add --overwrite to replace it, or choose another name\n"
+    assert call(main, "apply", model, emb, table, "--overwrite").returncode == 0
+    assert table.read_text().startswith("row,participant")
+
+
+def test_predictions_never_replace_the_embeddings(cohort, tmp_path):
+    write_embeddings(tmp_path / "emb.parquet", cohort)
+    assert call(main, tmp_path / "emb.parquet", "--targets", "age", "--save", tmp_path / "m.json").returncode == 0
+    done = call(main, "apply", tmp_path / "m.json", tmp_path / "emb.parquet", tmp_path / "emb.parquet", "--overwrite")
+    assert done.returncode == 1
+    assert "is what is read" in done.stderr
+
+
+def test_ctrl_c_is_told_in_one_line(cohort, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_embeddings(tmp_path / "emb.h5", cohort)
+    monkeypatch.setattr("extract.probing.cli.open_embeddings", interrupted)
+    done = call(main, tmp_path / "emb.h5")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; make room, and run the same command again"),
+        (errno.EDQUOT, "Disk quota exceeded; make room, and run the same command again"),
+        (errno.EROFS, "Read-only file system; choose another name"),
+        (None, "cannot open m.json; choose another name"),
+    ],
+)
+def test_why_a_file_is_not_written_is_said_without_its_temporary_name(tmp_path, monkeypatch, number, words):
+    def write(temporary: Path) -> None:
+        raise OSError(number, f"at {temporary}", str(temporary)) if number else OSError(f"cannot open {temporary}")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError) as caught:
+        write_whole(Path("m.json"), write)
+    assert str(caught.value) == f"m.json cannot be written: {words}"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from embedded import make_embeddings
 
-from extract.probing.compare import probe_all
+from extract.probing.compare import Probed, probe_all
 from extract.probing.curves import curve_sizes, default_sizes, learning_curves
+from extract.probing.printing import print_curves
 from extract.probing.probe import probe
 from extract.probing.results import TargetResult
 from extract.probing.settings import ProbeSettings
@@ -84,10 +85,13 @@ def test_sizes_beyond_a_target_are_named_with_a_reason(curves):
 def test_sizes_double_until_nearly_everyone():
     assert default_sizes(1000) == [50, 100, 200, 400, 800]
     assert default_sizes(440) == [50, 100, 200]
-    assert default_sizes(40) == []
+    assert default_sizes(120) == [25, 50, 100]  # of few people fewer, so that there is a curve
+    assert default_sizes(60) == [12, 25, 50]
+    assert default_sizes(31) == [12, 25]
+    assert default_sizes(13) == []
     few = TargetResult("a", "binary", "ok", 9, 9, train_participants=90)
     lost = TargetResult("b", "binary", "skipped", 9, 9, train_participants=9000)
-    assert curve_sizes([few, lost]) == [50]
+    assert curve_sizes([few, lost]) == [12, 25, 50]
     assert curve_sizes([lost]) == []
     assert curve_sizes([few], [70, 20]) == [20, 70]
     with pytest.raises(ValueError, match="each once"):
@@ -120,8 +124,16 @@ def test_progress_is_planned_and_ends_there(cohort):
         {"emb": cohort}, ["age", "sex"], settings=ProbeSettings(repeats=1), curve=[],
         on_target=seen.append, on_plan=planned.append,
     )  # fmt: skip
-    assert planned == [2, 4]
-    assert len(seen) == 4
-    assert [point.people for point in probed[0].curves["age"].points] == [50, 96]
+    assert planned == [2, 8]
+    assert len(seen) == 8
+    assert [point.people for point in probed[0].curves["age"].points] == [12, 25, 50, 96]
     assert "curve" in probed[0].to_json()[0]
     assert "curve" not in probe_all({"emb": cohort}, ["age"], settings=ProbeSettings(repeats=1))[0].to_json()[0]
+
+
+def test_a_curve_of_too_few_people_is_said_to_be_none(cohort, capsys):
+    found = TargetResult("age", "continuous", "ok", 16, 16, metric="r", train_participants=13)
+    curve = learning_curves(cohort, [found], curve_sizes([found]))
+    print_curves([Probed("emb", cohort, [found], curve)])
+    out, err = capsys.readouterr()
+    assert (out, "at most 13 people can be trained on in each fold; give fewer: --curve=10" in err) == ("", True)

@@ -176,7 +176,7 @@ def test_a_damaged_store_is_a_warning(tmp_path, embeddings, results, store):
     row = int(open_store(store).ok_rows[1])
     shard_path(copy, row).write_bytes(b"damaged")
     source, page, warnings = written(tmp_path, embeddings, results, store=copy)
-    assert warnings == [f"row {row} of the store copy.zarr is damaged and not shown; ingest it again"]
+    assert warnings == [f"row {row} of the store copy.zarr is damaged and not shown; see: ingest verify STORE"]
     assert page.brains == 2
     assert "person-" not in source
     (copy / "zarr.json").write_text("{")
@@ -333,6 +333,8 @@ def test_in_a_browser_nothing_is_cut_off_or_broken(tmp_path, embeddings, results
             assert tab.evaluate("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
             assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0 && i.alt)")
             assert wrong == []
+            hint = tab.evaluate("getComputedStyle(document.querySelector('.scroll'), '::before').content")
+            assert ("sideways" in hint) == (width < 600)
         table = "document.querySelector('.scroll')"
         assert tab.evaluate(f"{table}.scrollWidth <= {table}.clientWidth")  # on a desk all columns are seen
         browser.close()

@@ -71,7 +71,14 @@ def encoder_of(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def save_probe(path: Path, embeddings: Embeddings, models: Sequence[ProbeModel], *, layer: str | None = None) -> None:
+def save_probe(
+    path: Path,
+    embeddings: Embeddings,
+    models: Sequence[ProbeModel],
+    *,
+    layer: str | None = None,
+    phenotypes: Mapping[str, Any] | None = None,
+) -> None:
     """Write fitted probes; the file appears whole or not at all, replacing another.
 
     Parameters
@@ -82,6 +89,8 @@ def save_probe(path: Path, embeddings: Embeddings, models: Sequence[ProbeModel],
         What the models were fitted to.
     layer
         The layer that was asked for, if one was.
+    phenotypes
+        Of which table they are, if not of the embeddings: for people who read the file.
 
     Raises
     ------
@@ -103,6 +112,7 @@ def save_probe(path: Path, embeddings: Embeddings, models: Sequence[ProbeModel],
         "features": saved.features,
         "layer": saved.layer,
         "encoder": saved.encoder,
+        "phenotypes": phenotypes,
         "models": [model.to_json() for model in models],
         "created_by": package_versions("numpy", "scipy"),
     }
@@ -260,13 +270,13 @@ def write_predictions(path: Path, predictions: pd.DataFrame) -> None:
 def check_model_suffix(path: Path) -> None:
     """Raise StoreError if the name's ending is not that of a saved probe."""
     if path.suffix != SUFFIX:
-        raise StoreError(f"{path.name} ends in {path.suffix!r}; a probe is saved as {SUFFIX}")
+        raise StoreError(f"{path} ends in {path.suffix!r}; a probe is saved as {SUFFIX}")
 
 
 def check_table_suffix(path: Path) -> None:
     """Raise StoreError if the name's ending is no kind of table."""
     if path.suffix not in TABLE_SUFFIXES:
-        raise StoreError(f"{path.name} ends in {path.suffix!r}, expected one of {', '.join(TABLE_SUFFIXES)}")
+        raise StoreError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(TABLE_SUFFIXES)}")
 
 
 def _check_models(saved: SavedProbe) -> None:

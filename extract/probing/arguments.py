@@ -8,7 +8,10 @@ from pathlib import Path
 
 import typer
 
-SIZES = re.compile(r"\d{1,9}(,\d{1,9})*,?", re.ASCII)
+from extract.formats import KINDS
+from ingest.places import Place, as_place
+
+_SIZES = re.compile(r"\d{1,9}(,\d{1,9})*,?", re.ASCII)
 
 
 def split_names(text: str | None) -> list[str]:
@@ -49,11 +52,35 @@ def parse_bins(options: Sequence[str]) -> dict[str, int | tuple[float, ...]]:
     return found
 
 
+def parse_place(text: str, hint: str) -> Place:
+    """Read a path or the address of an object."""
+    try:
+        return as_place(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from None
+
+
+def sizes_follow(words: Sequence[str]) -> bool:
+    """Tell whether the word after ``--curve``, if there is one, is its sizes, and not embeddings or an option.
+
+    Raises
+    ------
+    typer.BadParameter
+        If it can be neither.
+    """
+    word = words[0] if words else "-"
+    if _SIZES.fullmatch(word):
+        return True
+    if not (word.startswith("-") or Path(word).suffix in KINDS or Path(word).exists()):
+        raise typer.BadParameter(f"--curve {word}: expected sizes such as 100,1000, or nothing")
+    return False
+
+
 def parse_sizes(text: str) -> list[int]:
     """Read ``100,500,1000``; ``auto`` is none."""
     if text == "auto":
         return []
-    if not SIZES.fullmatch(text):
+    if not _SIZES.fullmatch(text):
         raise typer.BadParameter(f"{text!r} are no numbers of people, such as 100,500,1000", param_hint="--curve")
     sizes = [int(part) for part in split_names(text)]
     if min(sizes) < 10 or len(set(sizes)) < len(sizes):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from extract.embeddings import Embeddings, open_embeddings
+from extract.embeddings import open_embeddings
 from extract.probing.apply import (
     apply_probe,
     check_model_suffix,
@@ -20,27 +19,41 @@ from extract.probing.apply import (
     save_probe,
     write_predictions,
 )
-from extract.probing.arguments import SIZES, name_or_table, parse_bins, parse_pairs, parse_sizes, split_names
-from extract.probing.compare import Difference, Probed, align, differences, distinct_names, probe_all
+from extract.probing.arguments import (
+    name_or_table,
+    parse_bins,
+    parse_pairs,
+    parse_place,
+    parse_sizes,
+    sizes_follow,
+    split_names,
+)
+from extract.probing.compare import Probed, align, differences, distinct_names, probe_all
 from extract.probing.confounds import missing_warnings, number_warnings, read_confounds
-from extract.probing.doubts import check_layer, check_not_empty, doubts
+from extract.probing.document import settings_to_json, to_document
+from extract.probing.doubts import check_not_empty, doubts
 from extract.probing.effort import MANY_PATTERNS, estimate_effort
 from extract.probing.model import refit
+from extract.probing.phenotypes import Joined, join_table, without_variables
 from extract.probing.printing import (
     errors,
     print_comparison,
     print_curves,
     print_embeddings,
     print_json,
+    print_phenotypes,
     print_results,
     print_skipped,
     print_written,
     warn,
 )
 from extract.probing.probe import target_names
+from extract.probing.replacing import check_absent, check_report_replaceable, check_saved_probe_replaceable
 from extract.probing.settings import THIRD_DEGREE, ProbeSettings
 from extract.probing.writing import check_page_suffix, check_writable
 from ingest.default_command import RunByDefault
+from ingest.errors import ObjectStoreError
+from ingest.interruption import told_interruption
 from ingest.progress import progress_bar
 
 
@@ -49,7 +62,7 @@ class _ProbeCommands(RunByDefault):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for place, arg in enumerate(args):
-            if arg == "--curve" and not SIZES.fullmatch("".join(args[place + 1 : place + 2])):
+            if arg == "--curve" and not sizes_follow(args[place + 1 : place + 2]):
                 args = [*args[:place], "--curve=auto", *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
@@ -62,6 +75,14 @@ app = typer.Typer(
     help="Fit linear probes to embeddings:  probe EMB  (its options: probe run --help)",
 )
 
+PhenotypeTable = Annotated[
+    str | None,
+    typer.Option(
+        "--phenotypes",
+        metavar="FILE",
+        help="CSV, TSV or parquet to join by participant, as ingest does: beside, or instead of, those of the store.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -77,6 +98,7 @@ def run_command(
     targets: Annotated[
         str | None, typer.Option(metavar="A,B", help="Phenotypes.", show_default="all but confounds")
     ] = None,
+    phenotypes: PhenotypeTable = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -120,7 +142,10 @@ def run_command(
     ] = 0,
     curve: Annotated[
         str | None,
-        typer.Option(metavar="[SIZES]", help="Learning curve: train on 50, 100, 200 ... or so many, e.g. 100,1000."),
+        typer.Option(
+            metavar="[SIZES]",
+            help="Learning curve: train on 50, 100, 200 ... (of few people 12, 25 ...), or on 100,1000.",
+        ),
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report.")] = None,
     store: Annotated[
@@ -143,9 +168,13 @@ def run_command(
             raise typer.BadParameter("models are saved of one embedding and layer; name one", param_hint="--save")
     if len(set(paths)) < len(paths) or len(set(layers)) < len(layers):
         raise typer.BadParameter("embeddings or a layer are named twice; name each once")
-    for out in (report, save):
-        if out is not None:
-            check_writable(out)
+    if report is not None:
+        check_writable(report)
+        check_report_replaceable(report)
+    if save is not None:
+        check_writable(save)
+        check_saved_probe_replaceable(save)
+    table = None if phenotypes is None else parse_place(phenotypes, "--phenotypes")
     settings = ProbeSettings(
         folds=folds,
         repeats=repeats,
@@ -162,11 +191,14 @@ def run_command(
 
     sources = [(path, one) for path in paths for one in layers]
     labels = distinct_names([path for path, _ in sources], [one for _, one in sources])
-    for path, one in sources:
-        check_layer(path, one)
     named = {name: open_embeddings(path, one) for name, (path, one) in zip(labels, sources, strict=True)}
     for name, embeddings in named.items():
         check_not_empty(name, embeddings)
+    joined: Joined | None = None
+    if table is not None:  # the others have the phenotypes of the first; their own are not compared with the table's
+        joined = join_table(named[labels[0]], table)
+        named = {name: without_variables(one, joined.variables) for name, one in named.items()}
+        named[labels[0]] = joined.embeddings
     warnings: list[str] = []
     if len(named) > 1:
         named, warnings = align(named)
@@ -189,14 +221,20 @@ def run_command(
     compared = differences(probed) if len(probed) > 1 else []
     nothing = all(result.status != "ok" for one in probed for result in one.results)
     unsaved = save is not None and nothing
-    for warning in warnings:
+    of_table = [] if joined is None else joined.warnings
+    for warning in of_table + warnings:
         warn(f"warning: {warning}")
     if as_json:
-        document = _document(sources, probed, compared, settings, report, None if unsaved else save)
-        print_json(document | {"warnings": warnings})
+        document = to_document(
+            sources, probed, compared, settings, phenotypes=joined, report=report, save=None if unsaved else save,
+            warnings=of_table + warnings,
+        )  # fmt: skip
+        print_json(document)
     else:
-        for (path, one), embeddings in zip(sources, named.values(), strict=True):
-            print_embeddings(path, embeddings, one)
+        for (path, _), embeddings in zip(sources, named.values(), strict=True):
+            print_embeddings(path, embeddings)
+        if joined is not None:
+            print_phenotypes(joined)
         if len(probed) > 1:
             print_comparison(probed, compared)
         else:
@@ -205,22 +243,27 @@ def run_command(
         print_skipped(probed)
     # Files come last: if one cannot be written, the scores have been printed.
     if save is not None and not unsaved:
-        _save(save, probed[0], tasks, settings, layers[0])
+        _save(save, probed[0], tasks, settings, layers[0], joined)
         if not as_json:
             print_written("models", save)
     if report is not None:
         from extract.probing.report import write_report  # drawing needs matplotlib, which takes a second to import
 
         shown = write_report(
-            report, probed, differences=compared, settings=_settings(settings), store=store, warnings=warnings
-        )
+            report, probed, differences=compared, settings=settings_to_json(settings), phenotypes=joined, store=store,
+            warnings=warnings,
+        )  # fmt: skip
         for warning in shown[len(warnings) :]:
             warn(f"warning: {warning}")
         if not as_json:
             print_written("report", report)
     if unsaved:
         raise ValueError(f"every target was skipped, so there is no model for {save}")
-    if nothing or (asked is not None and any(found.status == "skipped" for one in probed for found in one.results)):
+    if (
+        (joined is not None and joined.bad_values)
+        or nothing
+        or (asked is not None and any(found.status == "skipped" for one in probed for found in one.results))
+    ):
         raise typer.Exit(1)
 
 
@@ -229,93 +272,60 @@ def apply_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.json", help="Saved by probe EMB --save MODEL.json")],
     path: Annotated[Path, typer.Argument(metavar="EMB", help="Embeddings made in the same way, of anybody.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Predictions to write: .csv or .parquet")],
+    phenotypes: PhenotypeTable = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict for new people with probes that were saved: values, classes and their probabilities, per scan."""
     check_table_suffix(out)
     check_writable(out)
+    check_absent(out, overwrite=overwrite, inputs=(model, path))
+    table = None if phenotypes is None else parse_place(phenotypes, "--phenotypes")
     saved = load_probe(model)
     embeddings = open_embeddings(path, saved.layer)
+    joined = None if table is None else join_table(embeddings, table)
+    if joined is not None:
+        embeddings = joined.embeddings
     predictions = apply_probe(saved, embeddings)
     write_predictions(out, predictions)
-    for warning in confound_warnings(saved, embeddings):
+    for warning in ([] if joined is None else joined.warnings) + confound_warnings(saved, embeddings):
         warn(f"warning: {warning}")
     simulated = saved.simulated or bool(embeddings.attrs.get("simulated"))
     targets = [one.name for one in saved.models]
     if as_json:
-        print_json({"predictions": str(out), "scans": len(predictions), "targets": targets, "simulated": simulated})
+        print_json({
+            "predictions": str(out), "scans": len(predictions), "targets": targets, "simulated": simulated,
+            "phenotypes": None if joined is None else joined.to_json(),
+        })  # fmt: skip
     else:
         count = f"{len(predictions)} scans x {len(targets)} targets ({', '.join(targets)})"
         print_written("predictions", Path(f"{out}: {count}" + (", simulated data" if simulated else "")))
+    if joined is not None and joined.bad_values:
+        raise typer.Exit(1)
 
 
-def _save(path: Path, probed: Probed, tasks: dict[str, str], settings: ProbeSettings, layer: str | None) -> None:
+def _save(
+    path: Path,
+    probed: Probed,
+    tasks: dict[str, str],
+    settings: ProbeSettings,
+    layer: str | None,
+    joined: Joined | None,
+) -> None:
     """Fit what was probed to everyone and write it."""
     models = [
         replace(refit(probed.embeddings, result.name, tasks=tasks, settings=settings), score=result.headline)
         for result in probed.results
         if result.status == "ok"
     ]
-    save_probe(path, probed.embeddings, models, layer=layer)
-
-
-def _document(
-    sources: Sequence[tuple[Path, str | None]],
-    probed: Sequence[Probed],
-    compared: Sequence[Difference],
-    settings: ProbeSettings,
-    report: Path | None,
-    save: Path | None,
-) -> dict[str, Any]:
-    """Return what ``--json`` prints; the top level is about the first embedding."""
-    first = probed[0]
-    document: dict[str, Any] = {
-        "embeddings": sources[0][0].name,
-        **_identity(first.embeddings, sources[0][1]),
-        **_settings(settings),
-        "targets": first.to_json(),
-        "report": None if report is None else str(report),
-        "save": None if save is None else str(save),
-    }
-    if len(probed) > 1:
-        document["embeddings"] = [
-            {"name": one.name, "file": path.name, **_identity(one.embeddings, layer), "targets": one.to_json()}
-            for (path, layer), one in zip(sources, probed, strict=True)
-        ]
-        document["differences"] = [difference.to_json() for difference in compared]
-    return document
-
-
-def _identity(embeddings: Embeddings, layer: str | None) -> dict[str, Any]:
-    return {
-        "scans": len(embeddings.features),
-        "features": embeddings.features.shape[1],
-        "simulated": bool(embeddings.attrs.get("simulated")),
-        "model": embeddings.attrs.get("model"),
-        "weights": embeddings.attrs.get("weights"),
-        "layer": layer,
-    }
-
-
-def _settings(settings: ProbeSettings) -> dict[str, Any]:
-    """Return the settings for people and programs; of a file only its name."""
-    return {
-        "folds": settings.folds,
-        "repeats": settings.repeats,
-        "seed": settings.seed,
-        "confounds": list(settings.confounds),
-        "groups": settings.groups.name if isinstance(settings.groups, Path) else settings.groups,
-        "kinship": settings.kinship,
-        "bins": {name: of if isinstance(of, int) else list(of) for name, of in settings.bins.items()},
-        "permutations": settings.permutations,
-        "bootstrap": settings.bootstrap,
-    }
+    save_probe(path, probed.embeddings, models, layer=layer, phenotypes=None if joined is None else joined.to_json())
 
 
 def main() -> None:
     """Run the command; expected failures are one line on stderr and exit code 1."""
     try:
-        app()
-    except (ValueError, FileNotFoundError) as error:
+        with told_interruption(errors, {"run": "", "apply": ""}):
+            app()
+    except (ValueError, FileNotFoundError, ObjectStoreError) as error:
         warn(f"error: {error}")
         sys.exit(1)

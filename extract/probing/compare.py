@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from extract.checks import as_numbers
 from extract.embeddings import Embeddings
 from extract.probing.confounds import read_confounds
 from extract.probing.curves import LearningCurve, curve_sizes, learning_curves
@@ -265,7 +266,7 @@ def _other_values(first: str, ours: pd.DataFrame, name: str, theirs: pd.DataFram
     """Return warnings about phenotypes that differ between two embeddings of the same scans."""
     warnings = []
     for column in ours.columns.intersection(theirs.columns):
-        a, b = ours[column].to_numpy(np.float64), theirs[column].to_numpy(np.float64)
+        a, b = as_numbers(ours[column], str(column)), as_numbers(theirs[column], str(column))
         unlike = int((~((a == b) | (np.isnan(a) & np.isnan(b)))).sum())
         if unlike:
             warnings.append(f"{column} of {unlike} scans differs between {first} and {name}; that of {first} is taken")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from extract.checks import as_numbers
 from extract.embeddings import Embeddings
 from extract.probing.targets import CLASSIFICATIONS, by_column, column_of, few_whole_numbers, label_names
 from ingest.dictionary import BY_NAME, TASKS
@@ -168,7 +169,7 @@ def read_confounds(
                         f"task {asked[column]!r} of {name!r} is unknown; expected one of {', '.join(TASKS)}"
                     )
                 categorical = asked[column] in CLASSIFICATIONS
-            values = embeddings.phenotypes[column].to_numpy(np.float64)
+            values = as_numbers(embeddings.phenotypes[column], column)
         if column in found:
             raise ValueError(f"the confound {column!r} is named twice; name it once")
         if np.isnan(values).all():

@@ -18,6 +18,9 @@ from extract.probing.targets import by_column
 
 #: Sizes that are measured unless others are asked for: this one, twice as many, and so on, below everyone.
 FIRST_SIZE = 50
+#: Fewer than so many sizes begin with half as many people, and a quarter, where these are as many as `LEAST_SIZE`.
+FEW_SIZES = 3
+LEAST_SIZE = 12
 
 #: A size this close to everyone says nothing more.
 _NEARLY_ALL = 0.9
@@ -67,12 +70,17 @@ class LearningCurve:
 
 
 def default_sizes(people: int) -> list[int]:
-    """Return 50, 100, 200 ... below so many people."""
+    """Return 50, 100, 200 ... below so many people; of few people 25 and 12, too."""
     sizes = []
     size = FIRST_SIZE
     while size < _NEARLY_ALL * people:
         sizes.append(size)
         size *= 2
+    size = FIRST_SIZE // 2
+    while len(sizes) < FEW_SIZES and size >= LEAST_SIZE:
+        if size < _NEARLY_ALL * people:
+            sizes.insert(0, size)
+        size //= 2
     return sizes
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from extract.embeddings import Embeddings, read_tables
+from extract.checks import as_numbers
+from extract.embeddings import Embeddings
 from extract.probing.groups import read_groups
 from extract.probing.settings import ProbeSettings
 from extract.probing.targets import by_column, few_whole_numbers, known_task, label_names, labelled_codes
@@ -22,15 +22,6 @@ def check_not_empty(name: str, embeddings: Embeddings) -> None:
     if not scans or not features:
         what = f"{scans} scans" if not scans else f"{features} features of each scan"
         raise ValueError(f"{name} has {what}, expected at least one; extract it again from a store that holds volumes")
-
-
-def check_layer(path: Path, layer: str | None) -> None:
-    """Raise ValueError if a layer is asked for and the file does not say which it has."""
-    if layer is None:
-        return
-    attrs = read_tables(path).attrs
-    if not attrs.get("layers") and not attrs.get("layer"):
-        raise ValueError(f"{path} does not say which layers it has, so {layer!r} is not known; leave out --layer")
 
 
 def doubts(
@@ -81,7 +72,7 @@ def _codes(
     for name in targets:
         if name in said or embeddings.variables.get(name, {}).get("task"):
             continue
-        values = embeddings.phenotypes[name].to_numpy(np.float64)
+        values = as_numbers(embeddings.phenotypes[name], name)
         known = values[~np.isnan(values)]
         few, task = few_whole_numbers(known), known_task(embeddings, name)
         labels = embeddings.variables.get(name, {}).get("labels")

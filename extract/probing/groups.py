@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from extract.checks import as_numbers
 from extract.embeddings import Embeddings
 from extract.probing.settings import THIRD_DEGREE
 from extract.probing.targets import column_of
@@ -94,7 +95,7 @@ def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: floa
         column = column_of(embeddings, str(groups))
     except ValueError as error:
         raise ValueError(f"groups {str(groups)!r} are neither a file nor a phenotype: {error}") from None
-    values = embeddings.phenotypes[column].to_numpy(np.float64)
+    values = as_numbers(embeddings.phenotypes[column], column)
     known = np.flatnonzero(~np.isnan(values))
     code = np.unique(values[known], return_inverse=True)[1] + len(names)  # nodes after those of the people
     together = _components(people[known], code, len(names) + len(known))[people]

@@ -125,8 +125,8 @@ class ProbeModel:
             return read_confounds(embeddings, names)
         except ValueError as error:
             raise ValueError(
-                f"the model of {self.name!r} needs {', '.join(names)} of the scans, its confounds (ingest them with "
-                f"--phenotypes and extract again): {error}"
+                f"the model of {self.name!r} needs {', '.join(names)} of the scans, its confounds (give a table "
+                f"that has them: --phenotypes FILE): {error}"
             ) from None
 
     def to_json(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def read_brains(
                 try:
                     brains.append((int(row), reader.read([row])[0]))
                 except CorruptShardError:  # its message names the source file, and so the participant
-                    warnings.append(f"row {row} of the store {name} is damaged and not shown; ingest it again")
+                    warnings.append(f"row {row} of the store {name} is damaged and not shown; see: ingest verify STORE")
     except (OSError, ValueError, KeyError, TypeError):  # what zarr and JSON make of damaged metadata
         return [], [f"no brains are shown: the store {name} cannot be opened; see what is wrong with: ingest inspect"]
     return brains, warnings

@@ -15,6 +15,7 @@ from rich.table import Table
 from extract.embeddings import Embeddings
 from extract.probing.compare import Difference, Probed
 from extract.probing.numbers import finite, in_digits
+from extract.probing.phenotypes import Joined
 from extract.probing.results import Interval, TargetResult
 
 _METRICS = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
@@ -25,15 +26,14 @@ console = Console()
 errors = Console(stderr=True)
 
 
-def print_embeddings(path: Path, embeddings: Embeddings, layer: str | None = None) -> None:
+def print_embeddings(path: Path, embeddings: Embeddings) -> None:
     """Print one line about what was probed."""
-    weights = (embeddings.attrs.get("weights") or {}).get("name", "unknown")
-    _line(
-        f"{path}: {embeddings.features.shape[0]} scans x {embeddings.features.shape[1]} features, "
-        f"{embeddings.attrs.get('model', 'unknown model')}, {weights} weights"
-        + (f", layer {layer}" if layer else "")
-        + (", simulated data" if embeddings.attrs.get("simulated") else "")
-    )
+    _line(f"{path}: {embeddings.in_words()}")
+
+
+def print_phenotypes(joined: Joined) -> None:
+    """Print one line about the table that phenotypes are of."""
+    _line(f"phenotypes of {joined.table}: {', '.join(joined.variables)}")
 
 
 def print_results(results: Sequence[TargetResult]) -> None:
@@ -113,6 +113,10 @@ def print_curves(probed: Sequence[Probed]) -> None:
     if not curves:
         return
     sizes = sorted({point.people for _, curve in curves for point in curve.points[:-1]})
+    if not sizes:
+        most = max(curve.points[-1].people for _, curve in curves)
+        warn(f"no learning curve: at most {most} people can be trained on in each fold; give fewer: --curve=10")
+        return
     several = len(probed) > 1
     table = _table(["trained on", *(["embeddings"] if several else []), "metric", *map(str, sizes), "all"])
     targets = list(dict.fromkeys(curve.target for _, curve in curves))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from extract.checks import as_numbers
 from extract.embeddings import Embeddings
 from extract.probing.bootstrap import draw_weights
 from extract.probing.combine import combine_folds
@@ -122,13 +123,15 @@ def probe(
 
 
 def check_embeddings(embeddings: Embeddings) -> None:
-    """Raise ValueError if tables and features do not fit each other, or a feature is not finite."""
+    """Raise ValueError if tables and features do not fit each other, or hold what is no number."""
     rows = {len(embeddings.features), len(embeddings.scans), len(embeddings.phenotypes)}
     if len(rows) != 1 or "participant" not in embeddings.scans:
         raise ValueError(
             f"embeddings of {len(embeddings.features)} scans with tables of {len(embeddings.scans)} scans and "
             f"{len(embeddings.phenotypes)} phenotypes; expected equally many, and a column 'participant' of the scans"
         )
+    for name, column in embeddings.phenotypes.items():
+        as_numbers(column, str(name))  # all of them: regressions that nobody asked for stratify the folds, too
     strange = np.flatnonzero(~np.isfinite(embeddings.features).all(axis=1))
     if len(strange):
         raise ValueError(
@@ -150,7 +153,7 @@ def summarise_regressions(embeddings: Embeddings) -> np.ndarray:
         if not embeddings.variables.get(name, {}).get("confound")
         and known_task(embeddings, name) not in CLASSIFICATIONS
     ]
-    return rank_summary(table[columns].to_numpy(np.float64))
+    return rank_summary(np.reshape([as_numbers(table[name], name) for name in columns], (len(columns), len(table))).T)
 
 
 def target_batches(targets: list[Target], confounds: ConfoundValues) -> Iterator[list[Target]]:

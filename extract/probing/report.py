@@ -9,6 +9,7 @@ from typing import Any
 from extract.probing.compare import Difference, Probed
 from extract.probing.montage import montage_png, read_brains
 from extract.probing.page import ABSENT, plain, render_page, settings_lines, store_lines, versions_line, write_page
+from extract.probing.phenotypes import Joined
 from extract.probing.report_targets import Picture, Score, curve_pictures, data_uri, panels, predictions, table_rows
 
 
@@ -18,6 +19,7 @@ def write_report(
     *,
     settings: Mapping[str, object],
     differences: Sequence[Difference] = (),
+    phenotypes: Joined | None = None,
     store: Path | None = None,
     warnings: Sequence[str] = (),
 ) -> list[str]:
@@ -35,6 +37,8 @@ def write_report(
         ``folds``, ``repeats``, ``seed``, and what else was asked for.
     differences
         Of several embeddings from the first.
+    phenotypes
+        What was joined to the embeddings, if anything was.
     store
         Where the store is now, for pictures of brains; by default where it was when the embeddings were made.
     warnings
@@ -50,7 +54,9 @@ def write_report(
     StoreError
         If the file cannot be written.
     """
-    page, warnings = render_report(probed, settings=settings, differences=differences, store=store, warnings=warnings)
+    page, warnings = render_report(
+        probed, settings=settings, differences=differences, phenotypes=phenotypes, store=store, warnings=warnings
+    )
     write_page(path, page)
     return warnings
 
@@ -60,6 +66,7 @@ def render_report(
     *,
     settings: Mapping[str, object],
     differences: Sequence[Difference] = (),
+    phenotypes: Joined | None = None,
     store: Path | None = None,
     warnings: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
@@ -77,6 +84,7 @@ def render_report(
         provenance=[
             *(("Embeddings" if len(probed) == 1 else one.name, _provenance(one.embeddings.attrs)) for one in probed),
             ("Settings of the probe", settings_lines(settings)),
+            *([] if phenotypes is None else [("Phenotypes", settings_lines(phenotypes.to_json()))]),
         ],
         random=[one.name for one in probed if _weights(one).startswith("random (")],
         names=[one.name for one in probed],

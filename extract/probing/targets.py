@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from extract.checks import as_numbers
 from extract.embeddings import Embeddings
 from extract.probing.folds import class_sizes
 from ingest.dictionary import BY_NAME, TASKS, VARIABLES
@@ -77,7 +78,7 @@ def target_names(embeddings: Embeddings, targets: Sequence[str] | None = None) -
         names = [c for c in columns if not embeddings.variables.get(c, {}).get("confound")]
         if not names:
             raise ValueError(
-                "the embeddings have no phenotype to probe; ingest the scans with --phenotypes FILE and extract again"
+                "the embeddings have no phenotype to probe; give a table that has some: --phenotypes FILE"
                 + (f", or name a confound: {', '.join(columns)}" if columns else "")
             )
         return names
@@ -179,7 +180,7 @@ def labelled_codes(values: np.ndarray, labels: Mapping[str, str] | None) -> int:
 def known_task(embeddings: Embeddings, column: str) -> str:
     """Return the task that the store gives for a variable, else the one that is inferred."""
     attrs = embeddings.variables.get(column, {})
-    values = embeddings.phenotypes[column].to_numpy(np.float64)
+    values = as_numbers(embeddings.phenotypes[column], column)
     return attrs.get("task") or infer_task(values[~np.isnan(values)], attrs.get("labels"))
 
 
@@ -236,7 +237,7 @@ def _read_target(
     complete: np.ndarray | None,
 ) -> Target:
     attrs = embeddings.variables.get(name, {})
-    values = embeddings.phenotypes[name].to_numpy(np.float64)
+    values = as_numbers(embeddings.phenotypes[name], name)
     present = ~np.isnan(values)
     known = attrs.get("labels") or {}
     units, note = attrs.get("units"), ""

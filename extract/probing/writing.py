@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Callable
@@ -10,6 +11,10 @@ from pathlib import Path
 from ingest.errors import StoreError
 
 PAGE_SUFFIX = ".html"
+
+#: Of a disk, or of what one may write there.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+MAKE_ROOM = "make room, and run the same command again"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -33,16 +38,29 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         temporary.replace(path)
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}; choose another name") from error
+        raise not_written(path, temporary, error) from error
     finally:
         if temporary.is_file():
             temporary.unlink()
 
 
+def not_written(path: Path, temporary: Path, error: OSError) -> StoreError:
+    """Return what to say of a file that the system did not let be written under its temporary name."""
+    remedy = MAKE_ROOM if is_full(error) else "choose another name"
+    # The system's own words: libraries put more beside them, such as the temporary name
+    reason = os.strerror(error.errno) if error.errno else str(error).replace(str(temporary), str(path))
+    return StoreError(f"{path} cannot be written: {reason}; {remedy}")
+
+
+def is_full(error: BaseException) -> bool:
+    """Tell whether an error is that a disk, or what one may write there, is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
 def check_page_suffix(path: Path) -> None:
     """Raise StoreError if the name's ending is not that of a page."""
     if path.suffix != PAGE_SUFFIX:
-        raise StoreError(f"{path.name} ends in {path.suffix!r}; a report is written as {PAGE_SUFFIX}")
+        raise StoreError(f"{path} ends in {path.suffix!r}; a report is written as {PAGE_SUFFIX}")
 
 
 def check_writable(path: Path) -> None:
