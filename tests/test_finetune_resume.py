@@ -294,8 +294,12 @@ def test_interrupted_it_leaves_nothing_running_and_goes_on(killing, tmp_path, mo
         os.kill(os.getpid(), signal.SIGINT)
 
     pressing = threading.Thread(target=press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests run in the background ignore it
     pressing.start()
-    assert call_command(monkeypatch, store, run_dir, "--config", f"{run_dir}.yaml") == 130
+    try:
+        assert call_command(monkeypatch, store, run_dir, "--config", f"{run_dir}.yaml") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     pressing.join()
     assert "Traceback" not in capsys.readouterr().err
     assert not list(tmp_path.glob("*.lock"))
