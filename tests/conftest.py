@@ -30,6 +30,11 @@ LONG = (
     "clusters",
     "fast_networks",
     "withdraw",
+    "finetune_curves",
+    "probe_report",
+    "verify",
+    "loader_remote",
+    "rerun",
 )
 
 

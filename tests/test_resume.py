@@ -1,6 +1,6 @@
 """Killed, repeated, extended, locked out, out of disk: the store is always what an undisturbed run would have made.
 
-BRAIN_VOLUMES_KILLS sets how many random kills are tried (8 unless told; 60 take two and a half minutes).
+BRAIN_VOLUMES_KILLS sets how many random kills are tried (5 unless told; 60 take two and a half minutes).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ingest.plan import make_plan
 from ingest.scan import ScanRow, ScanSource
 from loaders import VolumeReader
 
-KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "8"))
+KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "5"))
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 AFFINE[:3, 3] = [-60, -80, -60]
 
