@@ -18,12 +18,13 @@ from extract.probing.bootstrap import (
     weighted_pearson,
     weighted_r_squared,
 )
+from extract.probing.folds import class_sizes
 from extract.probing.results import Interval, OutOfFold, TargetResult
 from extract.probing.scores import (
     RANGES,
     auc,
     balanced_accuracy,
-    corrected_interval,
+    least_after_successes,
     mean_absolute_error,
     pearson,
     r_squared,
@@ -147,7 +148,7 @@ def score_head(
 
     Intervals are percentiles over draws of the people tested, see `extract.probing.bootstrap`; without draws they are
     not known (NaN). They tell nothing of who was trained on. Of a perfect score, which no draw changes, the lower end
-    is the exact one of as many successes as people of the smallest class, see `corrected_interval`.
+    is the exact one of as many successes as people of the smallest class, see `least_after_successes`.
 
     Parameters
     ----------
@@ -186,18 +187,11 @@ def score_head(
             interval = percentile_interval(_weighted(name, head, truth, predicted, drawn)[None])
             low, high = interval or (np.nan, np.nan)
             if head.labels and low == high == RANGES[name][1]:
-                low = _least_of_perfect(name, truth.astype(np.int64), units)
+                low = least_after_successes(int(class_sizes(units, truth.astype(np.int64)).min()))
         metrics[name] = Interval(score, low, high, chance[name])
     places = np.arange(len(known)) if rows is None else rows
     out = OutOfFold(truth, predicted, np.zeros(len(truth), np.int64), places[known])
     return replace(result, status="ok", metric=head.metric, metrics=metrics, out_of_fold=out)
-
-
-def _least_of_perfect(name: str, codes: np.ndarray, units: np.ndarray) -> float:
-    """Return the lower end of the interval of a perfect score of classes, as probes have it."""
-    smallest = min(len(np.unique(units[codes == code])) for code in np.unique(codes))
-    best = RANGES[name][1]
-    return corrected_interval([best, best], 1.0, chance=np.nan, bounds=RANGES[name], people=smallest).low
 
 
 def why_undefined(head: Head, truth: np.ndarray) -> str:

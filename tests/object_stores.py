@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -36,12 +37,19 @@ def bucket(server, monkeypatch) -> Iterator[str]:
     places._client.cache_clear()
 
 
-@pytest.fixture
-def proxy(server, monkeypatch) -> Iterator[FaultyProxy]:
-    """Put a bad network between this process and the server."""
+@contextlib.contextmanager
+def bad_network(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """Let this process use a server through a proxy, and try again at once."""
     with FaultyProxy(server.endpoint) as between:
         use(between.environment, monkeypatch)
         monkeypatch.setitem(places._RETRY, "backoff", {"init_backoff": places.timedelta(milliseconds=20)})
+        yield between
+
+
+@pytest.fixture
+def proxy(server, monkeypatch) -> Iterator[FaultyProxy]:
+    """Put a bad network between this process and the server."""
+    with bad_network(server, monkeypatch) as between:
         yield between
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import obstore
 import pytest
 from faulty_proxy import Fault, FaultyProxy
-from s3_server import S3Server, s3_server, use
+from object_stores import bad_network
+from s3_server import S3Server, s3_server
 from small_store import SHAPE, SLAB, make_store
 from torch.utils.data import DataLoader
 
@@ -73,9 +74,7 @@ def large(server, tmp_path_factory) -> Path:
 @pytest.fixture
 def network(server, monkeypatch) -> Iterator[FaultyProxy]:
     """Let this process use the server by a network that counts, and that `reset` makes bad."""
-    with FaultyProxy(server.endpoint) as between:
-        use(between.environment, monkeypatch)
-        monkeypatch.setitem(places._RETRY, "backoff", {"init_backoff": places.timedelta(milliseconds=20)})
+    with bad_network(server, monkeypatch) as between:
         yield between
     places._client.cache_clear()
     for thread in threading.enumerate():

@@ -149,11 +149,11 @@ def corrected_interval(
     half = float(stats.t.ppf((1 + confidence) / 2, m - 1)) * error
     low, high = (float(np.clip(end, *bounds)) for end in (mean - half, mean + half))
     if people and low == high == bounds[1]:
-        low = _least_after_successes(people, confidence)
+        low = least_after_successes(people, confidence)
     return Interval(mean, low, high, chance)
 
 
-def _least_after_successes(trials: int, confidence: float) -> float:
+def least_after_successes(trials: int, confidence: float = 0.95) -> float:
     """Return the lower end of the exact interval of as many successes as trials (Clopper & Pearson 1934)."""
     return float(((1 - confidence) / 2) ** (1 / trials))
 
@@ -185,7 +185,7 @@ def difference_interval(
     found = corrected_interval(a - b, test_to_train, chance=0.0, groups=groups, confidence=confidence)
     if not people:
         return found
-    best, open_to = RANGES[metric][1], 1 - _least_after_successes(people, confidence)
+    best, open_to = RANGES[metric][1], 1 - least_after_successes(people, confidence)
     low, high = (open_to if np.all(scores == best) else 0.0 for scores in (a, b))
     return replace(found, low=min(found.low, found.score - low), high=max(found.high, found.score + high))
 
