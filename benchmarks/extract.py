@@ -198,7 +198,9 @@ def _measure(case: Case, source: Source, turns: int, device: str) -> _Measured:
         expected: np.ndarray | None = None
         for name, pool in list(ways.items()):
             try:
+                begun = time.perf_counter()
                 features, sizes[name] = pool.submit(_begin, name, *given).result()
+                print(f"{case.model}, {name}: ready after {time.perf_counter() - begun:.1f} s", flush=True)
                 expected = features if expected is None else expected
                 rounded = device != "cpu" or name in (HALF, LOOP)
                 check_features(f"{case.model}, {name}", features, expected, 0.05 if rounded else 1e-4)
@@ -208,6 +210,7 @@ def _measure(case: Case, source: Source, turns: int, device: str) -> _Measured:
         for _ in range(turns):
             for name, pool in ways.items():
                 speeds.setdefault(name, []).append(pool.submit(_turn, name, sizes[name]).result())
+                print(f"{case.model}, {name}: {speeds[name][-1]:.2f} scans/s", flush=True)
         operations = ours.submit(_operations, str(source.store.path), source.rows).result()
         peaks = {name: pool.submit(_peak, name).result() for name, pool in ways.items()}
     return _Measured(speeds, {name: sizes[name] for name in ways}, operations, peaks, failures)

@@ -195,7 +195,7 @@ class Loader:
         timing, output = self.timing, self._output
         # Augmenting on the CPU takes longer than loading, and memory for a batch of its own. So does DALI.
         busy = output.augmentation is not None or self.backend == "dali"
-        ahead = 1 if self.device.type == "cpu" and busy and not self._inflates else 2
+        ahead = 1 if self.device.type == "cpu" and busy and not self._inflates else 2 if self.device.type == "cpu" else 3
         if self._inflates:
             from loaders.dali_backend import inflated_on_gpu
 

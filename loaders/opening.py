@@ -22,6 +22,7 @@ from loaders.select import balancing_weights, phenotype, select_rows, strata_of
 from loaders.views import plan_picture
 
 BACKENDS = ("auto", "dali", "torch")
+_MOST_THREADS = 16  # more find nothing to do: so many bring in compressed bytes as fast as a GPU's bus takes them
 _REMOTE_THREADS = 16  # they wait for the network most of the time
 
 
@@ -104,7 +105,7 @@ def open_loader(
         Where the batches shall be, ``cpu`` or ``cuda``; by default a GPU for the DALI backend where there is one,
         else the CPU.
     threads
-        Threads that read and decode; by default one per core, at most 8, and 16 for ``s3://``.
+        Threads that read and decode; by default one per core, at most 16, and 16 for ``s3://``.
     on_error
         ``raise``, or ``skip``: a scan that cannot be read is reported, counted in `Loader.skipped`, and marked in its
         batch.
@@ -148,7 +149,8 @@ def open_loader(
     output = Output(picture, torch_dtype(dtype), mean, std, channels, channels_last, augmentation, seed, planes)
     cache = None if cache_dir is None else ShardCache(Path(cache_dir), cache_bytes, opened, picture.slabs)
     if threads is None:
-        threads = min(8, len(os.sched_getaffinity(0))) if isinstance(opened.path, Path) else _REMOTE_THREADS
+        local = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        threads = local if isinstance(opened.path, Path) else _REMOTE_THREADS
     return Loader(
         opened,
         sampling,

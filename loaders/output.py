@@ -23,6 +23,9 @@ DTYPES = {
 }
 
 
+_PRODUCTS = 1 << 25  # voxels that a GPU scales at a time: 128 MiB of float32
+
+
 @dataclass(frozen=True)
 class Output:
     """How decoded pictures become a batch.
@@ -107,6 +110,8 @@ class Output:
         if images.dtype is torch.uint16:
             images = images.view(self.dtype)
         if images.dtype is torch.uint8 and self.dtype is not torch.uint8:
+            if self.augmentation is None and self.channels_last:
+                return self._scaled_channels(images)
             dtype = torch.float32 if self.augmentation is not None else self.dtype
             images = _scaled(images, *self.gain_and_bias(), dtype)
         if self.augmentation is not None:
@@ -118,6 +123,13 @@ class Output:
         if self.channels is None:
             return images
         return self._with_channels(images)
+
+    def _scaled_channels(self, levels: torch.Tensor) -> torch.Tensor:
+        """Scale grey levels into a batch whose channels are the last axis in memory: what a GPU writes once."""
+        assert self.channels is not None
+        out = torch.empty((*levels.shape, self.channels), dtype=self.dtype, device=levels.device)
+        _scale(levels.unsqueeze(-1), out, *self.gain_and_bias())
+        return out.movedim(-1, 1 if self.picture.view is View.volume else 2)
 
     def _with_channels(self, images: torch.Tensor) -> torch.Tensor:
         assert self.channels is not None
@@ -156,8 +168,19 @@ def make_decoder(store: VolumeStore, output: Output, device: torch.device) -> De
 
 
 def _scaled(levels: torch.Tensor, gain: float, bias: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``levels * gain + bias``, computed in float32 scan by scan: that of a whole batch is much memory."""
+    """Return ``levels * gain + bias``, computed in float32."""
     out = torch.empty(levels.shape, dtype=dtype, device=levels.device)
-    for source, target in zip(levels, out, strict=True):
-        target.copy_(source.float().mul_(gain).add_(bias))
+    _scale(levels, out, gain, bias)
     return out
+
+
+def _scale(levels: torch.Tensor, out: torch.Tensor, gain: float, bias: float) -> None:
+    """Write ``levels * gain + bias`` to `out`, of the shape that grey levels are broadcast to.
+
+    Some scans at a time: the products of a whole batch may be much memory. On a GPU each call takes longer than a
+    scan's slices do, so they are many.
+    """
+    per_scan = max(1, levels[:1].numel())
+    scans = max(1, _PRODUCTS // per_scan) if levels.is_cuda else 1
+    for some, target in zip(levels.split(scans), out.split(scans), strict=True):
+        torch.add(torch.mul(some, gain).expand(target.shape), bias, out=target)
