@@ -14,7 +14,7 @@ import torch
 
 from loaders.errors import ShardError, as_shard_error
 from loaders.order import BatchPlan
-from loaders.threads import BatchTasks, ScanTask, ScanThreads
+from loaders.threads import BatchGroups, ScanGroup, ScanThreads
 from loaders.timing import Timing
 
 logger = logging.getLogger("loaders")
@@ -76,6 +76,7 @@ def loaded_batches(
     timing: Timing,
     *,
     ahead: int,
+    group: int,
     skipped: dict[int, str] | None,
     blank: Callable[[Any, int], None],
 ) -> Generator[tuple[BatchPlan, Any]]:
@@ -84,75 +85,77 @@ def loaded_batches(
     Parameters
     ----------
     new_batch
-        ``new_batch(scans)`` gives what threads fill: item i is the target of scan i, see `ScanThreads`. A target that
-        is a `loaders.fetch.Buffer` is also where the bytes are read to.
+        ``new_batch(scans)`` gives what threads fill, the target of their groups.
     describe
         Names a row in errors.
     ahead
         Batches under way while the consumer has one.
+    group
+        Scans that a thread loads one after the other.
     skipped
         None if a scan that cannot be had is an error; else the reasons are put there by row, and such scans are not
         valid in the plans that are yielded.
     blank
-        ``blank(batch, place)`` makes the target of such a scan an empty picture.
+        ``blank(batch, place)`` makes an empty picture of such a scan.
 
     Raises
     ------
     ShardError
         Naming the scan.
     """
-    running: deque[tuple[BatchPlan, Any, BatchTasks]] = deque()
+    running: deque[tuple[BatchPlan, Any, BatchGroups]] = deque()
     yielded = time.perf_counter()
     try:
         while True:
             asked = time.perf_counter()
-            if running and not any(tasks.remaining for _, _, tasks in running):
-                done = max(yielded, *(tasks.finished for _, _, tasks in running))
+            if running and not any(groups.remaining for _, _, groups in running):
+                done = max(yielded, *(groups.finished for _, _, groups in running))
                 timing.idle += max(0.0, asked - done)
             while len(running) < ahead and (plan := next(plans, None)) is not None:
                 batch = new_batch(len(plan.rows))
-                rows = enumerate(plan.rows.tolist())
-                tasks = BatchTasks([ScanTask(row, place, batch[place]) for place, row in rows])
-                threads.submit(tasks)
-                running.append((plan, batch, tasks))
+                rows, places = plan.rows.tolist(), range(len(plan.rows))
+                parts = [slice(start, start + group) for start in range(0, len(rows), group)]
+                groups = BatchGroups([ScanGroup(rows[part], places[part], batch) for part in parts])
+                threads.submit(groups)
+                running.append((plan, batch, groups))
             if not running:
                 return
-            plan, batch, tasks = running.popleft()
+            plan, batch, groups = running.popleft()
             try:
-                threads.wait(tasks)
+                threads.wait(groups)
             except BaseException:
-                threads.cancel(tasks)
+                threads.cancel(groups)
                 raise
             timing.starved += time.perf_counter() - asked
-            plan = _settle(plan, batch, tasks, describe, skipped, blank)
+            plan = _settle(plan, batch, groups, describe, skipped, blank)
             yielded = time.perf_counter()
             yield plan, batch
-            del plan, batch, tasks  # else this frame would hold memory that the consumer has let go of
+            del plan, batch, groups  # else this frame would hold memory that the consumer has let go of
     finally:
-        for _, _, tasks in running:
-            threads.cancel(tasks)
+        for _, _, groups in running:
+            threads.cancel(groups)
 
 
 def _settle(
     plan: BatchPlan,
     batch: Any,
-    tasks: BatchTasks,
+    groups: BatchGroups,
     describe: Callable[[int], str],
     skipped: dict[int, str] | None,
     blank: Callable[[Any, int], None],
 ) -> BatchPlan:
     """Raise what went wrong with a batch, or mark the scans and blank their pictures."""
+    wrong = {place: error for group in groups.groups for place, error in group.errors.items()}
     valid = plan.valid
-    for task in tasks.tasks:
-        if task.error is None:
-            continue
-        error: ShardError = as_shard_error(task.error, describe(task.row))
+    for place in sorted(wrong):
+        row = int(plan.rows[place])
+        error: ShardError = as_shard_error(wrong[place], describe(row))
         if skipped is None:
             raise error
-        if task.row not in skipped:
+        if row not in skipped:
             logger.warning("skipped: %s", error)
-        skipped[task.row] = str(error)
+        skipped[row] = str(error)
         valid = valid.copy()
-        valid[task.place] = False
-        blank(batch, task.place)
+        valid[place] = False
+        blank(batch, place)
     return plan if valid is plan.valid else BatchPlan(plan.rows, plan.positions, valid, plan.end)

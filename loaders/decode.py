@@ -58,20 +58,20 @@ class Decoder:
         if not COMPILED:
             self.decode_slowly(payload, out)
             return
-        slabs, scratch = self.picture.slabs, _scratch(self.slab_shape)
+        slabs, scratch = self.picture.slabs, scratch_slab(self.slab_shape)
         content, index = payload.content, payload.index
         if self.picture.axis >= 0:
-            fault, number = _decode_slices(
+            fault, number = decode_slices(
                 content, index, slabs, self.picture.axis, self.picture.positions, self.depth, scratch, self.table, out
             )
         elif self.table.dtype == np.uint8:
-            fault, number = _decode_all(content, index, out.reshape(len(slabs), -1))
+            fault, number = decode_all(content, index, out.reshape(len(slabs), -1))
         elif self.table.dtype == np.float32:
             gain, bias = np.float32(self.gain), np.float32(self.bias)
-            fault, number = _decode_scaled(content, index, scratch.reshape(-1), out.reshape(len(slabs), -1), gain, bias)
+            fault, number = decode_scaled(content, index, scratch.reshape(-1), out.reshape(len(slabs), -1), gain, bias)
         else:
             flat = out.reshape(len(slabs), -1)
-            fault, number = _decode_by_table(content, index, scratch.reshape(-1), flat, self.table)
+            fault, number = decode_by_table(content, index, scratch.reshape(-1), flat, self.table)
         refuse(fault, slabs[number])
 
     def decode_slowly(self, payload: Payload, out: np.ndarray) -> None:
@@ -105,7 +105,7 @@ class Decoder:
             If a slab is damaged.
         """
         if COMPILED:
-            fault, number = _decode_all(payload.content, payload.index, out.reshape(len(payload.index), -1))
+            fault, number = decode_all(payload.content, payload.index, out.reshape(len(payload.index), -1))
             refuse(fault, self.picture.slabs[number])
         else:
             self._decode_slabs_slowly(payload, out)
@@ -131,7 +131,7 @@ class Decoder:
 _local = threading.local()
 
 
-def _scratch(shape: tuple[int, int, int]) -> np.ndarray:
+def scratch_slab(shape: tuple[int, int, int]) -> np.ndarray:
     """Return memory for a slab that belongs to this thread."""
     found = getattr(_local, "slab", None)
     if found is None or found.shape != shape:
@@ -160,7 +160,7 @@ def _decode_slab(content: np.ndarray, index: np.ndarray, number: int, out: np.nd
 
 
 @numba.njit(cache=True, nogil=True)
-def _decode_all(content: np.ndarray, index: np.ndarray, out: np.ndarray) -> tuple[int, int]:
+def decode_all(content: np.ndarray, index: np.ndarray, out: np.ndarray) -> tuple[int, int]:
     """Decode all slabs into `out`, uint8 (slab, byte)."""
     for number in range(len(index)):
         fault = _decode_slab(content, index, number, out[number])
@@ -170,7 +170,7 @@ def _decode_all(content: np.ndarray, index: np.ndarray, out: np.ndarray) -> tupl
 
 
 @numba.njit(cache=True, nogil=True)
-def _decode_scaled(
+def decode_scaled(
     content: np.ndarray, index: np.ndarray, scratch: np.ndarray, out: np.ndarray, gain: float, bias: float
 ) -> tuple[int, int]:
     """Decode all slabs into `out`, float32 (slab, voxel)."""
@@ -189,7 +189,7 @@ def _scale(levels: np.ndarray, out: np.ndarray, gain: float, bias: float) -> Non
 
 
 @numba.njit(cache=True, nogil=True)
-def _decode_by_table(
+def decode_by_table(
     content: np.ndarray, index: np.ndarray, scratch: np.ndarray, out: np.ndarray, table: np.ndarray
 ) -> tuple[int, int]:
     """Decode all slabs into `out` (slab, voxel), each grey level as the table says."""
@@ -208,7 +208,7 @@ def _look_up(levels: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def _decode_slices(
+def decode_slices(
     content: np.ndarray, index: np.ndarray, slabs: np.ndarray, axis: int, positions: np.ndarray, depth: int,
     scratch: np.ndarray, table: np.ndarray, out: np.ndarray,
 ) -> tuple[int, int]:  # fmt: skip

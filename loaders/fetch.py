@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import google_crc32c
 import numpy as np
@@ -19,7 +20,6 @@ from loaders.cache import ShardCache
 from loaders.files import read_shard
 
 _ABSENT = np.uint64(2**64 - 1)  # of an index entry: a slab that zarr left out, for it is all zero
-_GAP = 64 << 10  # bytes: reading so much that is not needed takes less time than another read
 
 
 class Buffer:
@@ -78,6 +78,7 @@ class ShardFetcher:
     slabs: np.ndarray
     cache: ShardCache | None = None
     check: Callable[[Payload], None] = _unchecked
+    gap: ClassVar[int] = 64 << 10  # bytes: reading so much that is not needed takes less time than another read
     all_slabs: int = field(init=False)
     largest: int = field(init=False)
     _prefix: bytes | None = field(init=False)
@@ -93,6 +94,17 @@ class ShardFetcher:
         object.__setattr__(self, "_prefix", os.fsencode(path) if COMPILED and isinstance(path, Path) else None)
         if self._prefix is not None:
             self._read_compiled(-1, Buffer())  # is compiled, or loaded, before any deadline runs
+
+    @property
+    def compiled(self) -> bool:
+        """Whether shards are files that compiled code reads by itself."""
+        return self._prefix is not None and self.cache is None
+
+    def paths(self, rows: Sequence[int]) -> np.ndarray:
+        """Return the paths of files, uint8 (scan, byte), each with a zero at its end."""
+        paths = [b"%s/%s\0" % (self._prefix, shard_name(row).encode()) for row in rows]
+        longest = max(map(len, paths))
+        return np.frombuffer(b"".join(path.ljust(longest, b"\0") for path in paths), np.uint8).reshape(-1, longest)
 
     @property
     def whole(self) -> bool:
@@ -121,7 +133,7 @@ class ShardFetcher:
                 pass
             except (OSError, ValueError):
                 self.cache.remove(row)
-        if self._prefix is not None and self.cache is None and (payload := self._read_compiled(row, buffer)):
+        if self.compiled and (payload := self._read_compiled(row, buffer)):
             return payload
         place = shard_path(self.store.path, row)
         if isinstance(place, Path):
@@ -135,11 +147,11 @@ class ShardFetcher:
 
     def _read_compiled(self, row: int, buffer: Buffer) -> Payload | None:
         """Read a file by compiled code; None if anything is wrong with it, which `_read_file` can put in words."""
-        path = np.frombuffer(b"%s/%s\0" % (self._prefix, shard_name(row).encode()), np.uint8)
+        path = self.paths([row])[0]
         index = np.empty((len(self.slabs), 2), np.uint64)
         while True:
             memory = buffer.memory
-            found = read_shard(path, self.all_slabs, self.slabs, _GAP, self.largest, memory, index)
+            found = read_shard(path, self.all_slabs, self.slabs, self.gap, self.largest, memory, index, 0)
             if found > 0:
                 return Payload(memory[:found], index)
             if found >= -1:
@@ -229,7 +241,7 @@ def _runs(index: np.ndarray) -> list[tuple[int, int]]:
     for start, nbytes in sorted(index.tolist()):
         if not nbytes:
             continue
-        if runs and start <= runs[-1][1] + _GAP:
+        if runs and start <= runs[-1][1] + ShardFetcher.gap:
             runs[-1] = (runs[-1][0], max(runs[-1][1], start + nbytes))
         else:
             runs.append((start, start + nbytes))

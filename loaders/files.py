@@ -13,9 +13,11 @@ import numba
 import numpy as np
 
 from ingest.crc32c import crc32c
+from ingest.decode import OK, check_slab
 from ingest.shard import CRC_BYTES, INDEX_ENTRY
 
 _FAILED = -1
+_CHECKED = 256 << 10  # bytes that are read at a time and then checked
 _ABSENT = np.uint64(2**64 - 1)
 _SEEK_END, _O_CLOEXEC = 2, os.O_CLOEXEC
 
@@ -27,8 +29,9 @@ _pread = numba.types.ExternalFunction("pread", numba.intp(numba.int32, numba.int
 
 @numba.njit(cache=True, nogil=True)
 def read_shard(
-    path: np.ndarray, all_slabs: int, slabs: np.ndarray, gap: int, largest: int, buffer: np.ndarray, index: np.ndarray
-) -> int:
+    path: np.ndarray, all_slabs: int, slabs: np.ndarray, gap: int, largest: int, buffer: np.ndarray, index: np.ndarray,
+    raw: int,
+) -> int:  # fmt: skip
     """Read the slabs of a shard that are wanted.
 
     Parameters
@@ -47,6 +50,9 @@ def read_shard(
         uint8, the bytes go there.
     index
         uint64 (slab wanted, 2): written, where in `buffer` each slab begins, and its bytes; 0 for slabs left out.
+    raw
+        Voxels of a slab if slabs are to be checked, each right after it was read: it then is in the processor's cache,
+        from which a whole shard would drive it. 0 if not.
 
     Returns
     -------
@@ -58,11 +64,12 @@ def read_shard(
         return _FAILED
     size = _lseek(descriptor, 0, _SEEK_END)
     tail = all_slabs * INDEX_ENTRY + CRC_BYTES
+    whole = len(slabs) == all_slabs and raw == 0
     if size < tail or size > largest:
         found = _FAILED
-    elif len(buffer) < (size if len(slabs) == all_slabs else tail):
-        found = -size if len(slabs) == all_slabs else -tail
-    elif len(slabs) == all_slabs:
+    elif len(buffer) < (size if whole else tail):
+        found = -size if whole else -tail
+    elif whole:
         found = _read(descriptor, buffer, 0, size, 0)
         if found > 0 and not _parse(buffer, size - tail, all_slabs, slabs, index):
             found = _FAILED
@@ -71,7 +78,7 @@ def read_shard(
         if found > 0:
             found = _FAILED
             if _parse(buffer, 0, all_slabs, slabs, index):
-                found = _read_runs(descriptor, buffer, index, gap, size)
+                found = _read_runs(descriptor, buffer, index, gap, size, raw)
     _close(descriptor)
     return found
 
@@ -112,8 +119,9 @@ def _parse(buffer: np.ndarray, at: int, all_slabs: int, slabs: np.ndarray, index
 
 
 @numba.njit(cache=True, nogil=True)
-def _read_runs(descriptor: int, buffer: np.ndarray, index: np.ndarray, gap: int, size: int) -> int:
+def _read_runs(descriptor: int, buffer: np.ndarray, index: np.ndarray, gap: int, size: int, raw: int) -> int:
     """Read the slabs of an index in stretches, one after the other, and write to it where they are then."""
+    most = _CHECKED if raw else size
     at, number = np.int64(0), 0
     while number < len(index):
         if index[number, 1] == 0:
@@ -128,7 +136,7 @@ def _read_runs(descriptor: int, buffer: np.ndarray, index: np.ndarray, gap: int,
                 continue
             if begin < 0 or nbytes < 0 or nbytes > size or begin > size - nbytes:
                 return _FAILED
-            if last > number and not end <= begin <= end + gap:
+            if last > number and (not end <= begin <= end + gap or end - start >= most):
                 break
             end = begin + nbytes
             last += 1
@@ -138,7 +146,10 @@ def _read_runs(descriptor: int, buffer: np.ndarray, index: np.ndarray, gap: int,
             return _FAILED
         for slab in range(number, last):
             if index[slab, 1] != 0:
-                index[slab, 0] = np.uint64(np.int64(index[slab, 0]) - start + at)
+                moved = np.int64(index[slab, 0]) - start + at
+                index[slab, 0] = np.uint64(moved)
+                if raw and check_slab(buffer, moved, np.int64(index[slab, 1]), raw) != OK:
+                    return _FAILED
         at += end - start
         number = last
     return int(at)

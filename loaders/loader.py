@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from ingest.store import VolumeStore
 from loaders.batches import BatchPool, loaded_batches
 from loaders.cache import ShardCache
-from loaders.decode import Decoder
 from loaders.errors import describe_scan
-from loaders.fetch import Buffer, Payload, ShardFetcher
+from loaders.fetch import Buffer, ShardFetcher
+from loaders.groups import decodes_groups
 from loaders.order import BatchPlan, Sampling
 from loaders.output import Output, make_decoder
-from loaders.threads import ScanThreads
+from loaders.slots import SlotRing, fills_slots
+from loaders.threads import ScanGroup, ScanThreads
 from loaders.timing import Timing
 
 
@@ -101,18 +102,18 @@ class Loader:
         self._fetcher = ShardFetcher(store, output.picture.slabs, cache, self._decoder.check)
         self._inflates = _inflates(backend, device)
         self._describe = functools.partial(describe_scan, store)
-        read, write = _reads(self._fetcher), _decodes(self._decoder)
+        largest = min(sampling.batch_size, max(len(sampling.rows), 1))
+        pinned, one = device.type == "cuda", (1, *output.picture.shape)
         if self._inflates:
-            from loaders.dali_backend import SlotRing
-
-            self._ring = SlotRing(self._decoder, self.timing, pinned=device.type == "cuda")
-            write = self._ring.fill
+            self._ring = SlotRing(largest, self._decoder, self.timing, pinned=pinned)
+            load = fills_slots(self._fetcher, self._decoder, self._ring)
         else:
-            largest = min(sampling.batch_size, max(len(sampling.rows), 1))
-            self._pool = BatchPool(
-                (largest, *output.picture.shape), self._decoder.table.dtype, pinned=device.type == "cuda"
-            )
-        self._threads = ScanThreads(threads, read, write, deadline=deadline, describe=self._describe)
+            self._pool = BatchPool((largest, *one[1:]), self._decoder.table.dtype, pinned=pinned)
+            load = decodes_groups(self._fetcher, self._decoder)
+        if self._fetcher.compiled:  # is compiled, or loaded, before any deadline runs
+            target = self._ring.one() if self._inflates else np.empty(one, self._decoder.table.dtype)
+            load(ScanGroup([-1], [0], target), Buffer())
+        self._threads = ScanThreads(threads, load, deadline=deadline, describe=self._describe)
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -195,21 +196,24 @@ class Loader:
         timing, output = self.timing, self._output
         # Augmenting on the CPU takes longer than loading, and memory for a batch of its own. So does DALI.
         busy = output.augmentation is not None or self.backend == "dali"
-        ahead = 1 if self.device.type == "cpu" and busy and not self._inflates else 2 if self.device.type == "cpu" else 3
+        ahead = 3 if self.device.type == "cuda" else 1 if busy and not self._inflates else 2
+        # Groups enough for all threads, in the batches that are under way; of remote scans each is waited for by itself
+        groups = -(-2 * self._threads.threads // ahead)
+        group = -(-self.sampling.batch_size // groups) if self._fetcher.compiled else 1
         if self._inflates:
             from loaders.dali_backend import inflated_on_gpu
 
             loaded = loaded_batches(
                 plans, self._threads, self._ring.take, self._describe, timing,
-                ahead=ahead, skipped=skipped, blank=self._ring.blank,
+                ahead=ahead, group=group, skipped=skipped, blank=self._ring.blank,
             )  # fmt: skip
             return inflated_on_gpu(
                 loaded, self._ring, self._decoder, output, epoch, timing,
-                batch_size=self.sampling.batch_size, threads=self._threads.threads, device=self.device,
+                batch_size=self.sampling.batch_size, device=self.device,
             )  # fmt: skip
         loaded = loaded_batches(
-            plans, self._threads, self._pool.take, self._describe, timing,
-            ahead=ahead, skipped=skipped, blank=lambda batch, place: batch[place].fill(self._decoder.table[0]),
+            plans, self._threads, self._pool.take, self._describe, timing, ahead=ahead, group=group, skipped=skipped,
+            blank=lambda batch, place: batch[place].fill(self._decoder.table[0]),
         )  # fmt: skip
         if self.backend == "dali":
             from loaders.dali_backend import through_dali
@@ -233,15 +237,6 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-# What threads call. No methods of the loader: they would hold it, and nobody could let go of it.
-def _reads(fetcher: ShardFetcher) -> Callable[[int, Buffer], Payload]:
-    return lambda row, buffer: fetcher.fetch(row, buffer)
-
-
-def _decodes(decoder: Decoder) -> Callable[[Payload, Any, int], None]:
-    return lambda payload, target, _: decoder.decode(payload, target)
 
 
 def _inflates(backend: str, device: torch.device) -> bool:

@@ -17,61 +17,83 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from loaders.errors import SlowReadError
-from loaders.fetch import Buffer, Payload
+from loaders.fetch import Buffer
+from loaders.progress import give_up_late, new_progress, stop
 
 logger = logging.getLogger("loaders")
 
 _MOST_GIVEN_UP = 64  # reads that hang, all in all, before the storage is taken for dead
 _SECONDS_TO_STOP = 2.0  # a scan takes milliseconds; whoever needs longer hangs
-_WAITING, _READING, _WRITING, _DONE = range(4)
+_WAITING, _RUNNING, _DONE = range(3)
 _numbers = itertools.count()
 
 
-class ScanTask:
-    """One scan on its way into a batch."""
+class ScanGroup:
+    """Some scans of a batch, which one thread loads one after the other.
 
-    __slots__ = ("batch", "error", "place", "row", "started", "state", "target", "thread")
+    Attributes
+    ----------
+    rows, places
+        Of the scans in the store, and int64 in the batch.
+    target
+        The batch, or whatever it is made of.
+    progress
+        How far the thread is, see `loaders.progress`.
+    errors
+        What is wrong with scans, by place.
+    """
 
-    def __init__(self, row: int, place: int, target: Any) -> None:
-        self.row = row
-        self.place = place  # in the batch
+    __slots__ = ("batch", "errors", "places", "progress", "rows", "state", "target", "thread")
+
+    def __init__(self, rows: Sequence[int], places: Sequence[int], target: Any) -> None:
+        self.rows, self.places = list(rows), np.array(places, np.int64)
         self.target = target
-        self.batch: BatchTasks
+        self.progress = new_progress(len(self.rows))
+        self.errors: dict[int, BaseException] = {}
+        self.batch: BatchGroups
         self.thread: threading.Thread | None = None  # that works on it
         self.state = _WAITING
-        self.started = 0.0
-        self.error: BaseException | None = None
+
+    def unsettled(self) -> list[int]:
+        """Return the numbers of the scans that are neither loaded nor known to be bad."""
+        return np.flatnonzero(~self.progress.settled).tolist()
 
 
-class BatchTasks:
+class BatchGroups:
     """The scans of a batch, all of them under way.
 
     Attributes
     ----------
     remaining
-        Tasks that are not done.
+        Groups that are not done.
     finished
         When the last of them was done, by `time.perf_counter`.
     """
 
-    def __init__(self, tasks: Sequence[ScanTask]) -> None:
-        self.tasks = tasks
-        self.remaining = len(tasks)
+    def __init__(self, groups: Sequence[ScanGroup]) -> None:
+        self.groups: list[ScanGroup] = []
+        self.remaining = 0
         self.finished = time.perf_counter()
-        for task in tasks:
-            task.batch = self
+        for group in groups:
+            self.add(group)
+
+    def add(self, group: ScanGroup) -> None:
+        """Take another group."""
+        group.batch = self
+        self.groups.append(group)
+        self.remaining += 1
 
 
 class _Work:
     """What threads share with those who give them work, and all that they hold while they wait for it."""
 
-    def __init__(
-        self, read: Callable[[int, Buffer], Payload], write: Callable[[Payload, Any, int], None], threads: int
-    ) -> None:
-        self.read, self.write = read, write
+    def __init__(self, load: Callable[[ScanGroup, Buffer], None], threads: int) -> None:
+        self.load = load
         self.threads = threads
-        self.queue: queue.SimpleQueue[ScanTask | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[ScanGroup | None] = queue.SimpleQueue()
         self.changed = threading.Condition()
         self.closed = False
         self.read_seconds = self.write_seconds = 0.0
@@ -83,18 +105,22 @@ class _Work:
         for _ in range(self.threads):
             self.queue.put(None)
 
-    def finish(self, task: ScanTask, error: BaseException | None) -> None:
+    def finish(self, group: ScanGroup) -> None:
         """Called with the lock held."""
-        task.state, task.error = _DONE, error
-        task.target = task.thread = None
-        task.batch.remaining -= 1
-        if not task.batch.remaining:
-            task.batch.finished = time.perf_counter()
+        group.state = _DONE
+        group.target = group.thread = None
+        read, written = group.progress.seconds.tolist()
+        self.read_seconds += read
+        self.write_seconds += written
+        self.bytes_read += int(group.progress.nbytes[0])
+        group.batch.remaining -= 1
+        if not group.batch.remaining:
+            group.batch.finished = time.perf_counter()
             self.changed.notify_all()
 
 
 class ScanThreads:
-    """Runs tasks in the order in which they come.
+    """Loads groups of scans in the order in which they come.
 
     The threads end when this object is closed, or when nobody holds it any more.
 
@@ -102,11 +128,9 @@ class ScanThreads:
     ----------
     threads
         How many at a time.
-    read
-        ``read(row, buffer)`` gets the bytes of a scan; it is what may hang. What it and `write` refer to lives as long
-        as the threads: this object must not be among it.
-    write
-        ``write(payload, target, row)`` makes of them what is wanted.
+    load
+        ``load(group, buffer)`` loads the scans of a group, settles each, and notes what is wrong with it; `buffer` is
+        the thread's own. What it refers to lives as long as the threads: this object must not be among it.
     deadline
         Seconds that a read may take.
     describe
@@ -116,8 +140,7 @@ class ScanThreads:
     def __init__(
         self,
         threads: int,
-        read: Callable[[int, Buffer], Payload],
-        write: Callable[[Payload, Any, int], None],
+        load: Callable[[ScanGroup, Buffer], None],
         *,
         deadline: float,
         describe: Callable[[int], str],
@@ -126,7 +149,7 @@ class ScanThreads:
         self.deadline = deadline
         self._describe = describe
         self._process = os.getpid()
-        self._work = _Work(read, write, threads)
+        self._work = _Work(load, threads)
         self._given_up = 0
         self._alive: set[threading.Thread] = set()
         self._end = weakref.finalize(self, self._work.end)
@@ -152,16 +175,16 @@ class ScanThreads:
                 "none of its threads; open it in the worker that uses it, or use VolumeDataset"
             )
 
-    def submit(self, batch: BatchTasks) -> None:
-        """Start the tasks of a batch."""
+    def submit(self, batch: BatchGroups) -> None:
+        """Start the groups of a batch."""
         self.check_process()
         if self._work.closed:
             raise ValueError("the loader is closed; open another one")
-        for task in batch.tasks:
-            self._work.queue.put(task)
+        for group in batch.groups:
+            self._work.queue.put(group)
 
-    def wait(self, batch: BatchTasks) -> None:
-        """Wait until all tasks of a batch are done; those whose reads hang are given up.
+    def wait(self, batch: BatchGroups) -> None:
+        """Wait until all groups of a batch are done; those whose reads hang are given up.
 
         Raises
         ------
@@ -178,14 +201,16 @@ class ScanThreads:
                 if batch.remaining:
                     self._give_up_late(batch)
 
-    def cancel(self, batch: BatchTasks) -> None:
-        """Take back what has not started; what has, goes on to write into memory that it holds itself."""
+    def cancel(self, batch: BatchGroups) -> None:
+        """Take back what has not started; a scan that has is written into memory that its thread holds itself."""
         if os.getpid() != self._process:
             return  # a thread may have held the lock at the moment of the fork: here nobody would let go of it
         with self._work.changed:
-            for task in batch.tasks:
-                if task.state == _WAITING:
-                    self._work.finish(task, None)
+            for group in batch.groups:
+                if group.state == _WAITING:
+                    self._work.finish(group)
+                else:
+                    stop(group.progress)
 
     def close(self) -> None:
         """Stop the threads, without waiting for those that hang."""
@@ -194,70 +219,65 @@ class ScanThreads:
         for thread in list(self._alive):
             thread.join(timeout=max(0.0, end - time.perf_counter()))
 
-    def _start_thread(self) -> None:
+    def _start_thread(self, first: ScanGroup | None = None) -> None:
         name = f"decode-{next(_numbers)}"
-        thread = threading.Thread(target=_work_until_the_end, args=(self._work,), name=name, daemon=True)
+        thread = threading.Thread(target=_work_until_the_end, args=(self._work, first), name=name, daemon=True)
         self._alive.add(thread)
         thread.start()
 
-    def _give_up_late(self, batch: BatchTasks) -> None:
+    def _give_up_late(self, batch: BatchGroups) -> None:
         """Called with the lock held."""
-        now = time.perf_counter()
-        for task in batch.tasks:
-            if task.state == _READING and now - task.started > self.deadline:
-                self._given_up += 1
-                message = (
-                    f"{self._describe(task.row)} cannot be read: no answer within {self.deadline:g} s; look at the "
-                    "storage, set another deadline, or skip such scans by on_error='skip'"
-                )
-                if self._given_up > _MOST_GIVEN_UP:
-                    raise SlowReadError(f"{message} ({self._given_up} reads hang: the storage does not answer)")
-                logger.warning("%s", message)
-                if task.thread is not None:
-                    self._alive.discard(task.thread)
-                self._work.finish(task, SlowReadError(message))
-                self._start_thread()  # in place of the one that hangs, which ends if it ever comes back
+        for group in list(batch.groups):
+            if group.state != _RUNNING or (late := give_up_late(group.progress, self.deadline)) is None:
+                continue
+            self._given_up += 1
+            message = (
+                f"{self._describe(group.rows[late])} cannot be read: no answer within {self.deadline:g} s; look at the "
+                "storage, set another deadline, or skip such scans by on_error='skip'"
+            )
+            if self._given_up > _MOST_GIVEN_UP:
+                raise SlowReadError(f"{message} ({self._given_up} reads hang: the storage does not answer)")
+            logger.warning("%s", message)
+            if group.thread is not None:
+                self._alive.discard(group.thread)
+            group.errors[int(group.places[late])] = SlowReadError(message)
+            others = [number for number in group.unsettled() if number != late]
+            rest = None
+            if others:
+                rest = ScanGroup([group.rows[n] for n in others], group.places[others].tolist(), group.target)
+                batch.add(rest)
+            self._work.finish(group)
+            # In place of the one that hangs, which ends if it ever comes back. It begins with what that one has left:
+            # behind the groups of later batches, which may hang too, it would wait for those.
+            self._start_thread(rest)
 
 
-def _work_until_the_end(work: _Work) -> None:
+def _work_until_the_end(work: _Work, group: ScanGroup | None) -> None:
     own = Buffer()
-    while (task := work.queue.get()) is not None:
-        if not _load(work, task, own):
+    while group is not None or (group := work.queue.get()) is not None:
+        if not _load(work, group, own):
             return
-        del task  # while it waits for the next one, a thread keeps no batch alive
+        group = None  # while it waits for the next one, a thread keeps no batch alive
 
 
-def _load(work: _Work, task: ScanTask, own: Buffer) -> bool:
-    """Read and write a scan; False if that took too long, and another thread has taken this one's place."""
+def _load(work: _Work, group: ScanGroup, own: Buffer) -> bool:
+    """Load a group; False if that took too long, and another thread has taken this one's place."""
     with work.changed:
-        if task.state != _WAITING or work.closed:
+        if group.state != _WAITING or work.closed:
             return True
-        task.state, task.started = _READING, time.perf_counter()
-        task.thread = threading.current_thread()
-        target = task.target
-    buffer = target if isinstance(target, Buffer) else own
+        group.state, group.thread = _RUNNING, threading.current_thread()
     error: BaseException | None = None
-    started, read = task.started, 0.0
-    nbytes = 0
     try:
-        payload = work.read(task.row, buffer)
-        nbytes = len(payload.content)
-        read = time.perf_counter()
-        with work.changed:
-            if task.state != _READING:
-                return False
-            task.state = _WRITING
-        work.write(payload, target, task.row)
+        work.load(group, own)
     except BaseException as caught:
         error = caught
-    ended = time.perf_counter()
     with work.changed:
-        if task.state == _DONE:
+        if group.state == _DONE:
             return False
-        read = read or ended
-        work.read_seconds += read - started
-        work.write_seconds += ended - read
-        work.bytes_read += nbytes
-        work.finish(task, error)
-    del buffer, target, task, error  # the error refers to this frame: it must not refer to a batch, nor to the error
+        if error is None and not group.progress.settled.all():  # of a batch that nobody waits for any more
+            error = RuntimeError(f"scans of rows {group.rows} were not loaded")
+        if error is not None:  # no scan is to blame for it
+            group.errors |= {int(group.places[number]): error for number in group.unsettled()}
+        work.finish(group)
+    del group, error  # the error refers to this frame: it must not refer to a batch, nor to the error
     return True

@@ -10,6 +10,7 @@ import torch
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numcodecs import lz4
 from shard_cases import ABSENT, NUMBERS, Shard, damages, outcome, output_of, picture_of, pictures, read_plainly, shards
 from small_store import SHAPE, SLAB, make_store
 
@@ -18,10 +19,14 @@ from ingest.grid import NATIVE_GRID
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_name, shard_path, write_shard
 from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
-from loaders import CorruptShardError, VolumeReader, fetch, open_loader
+from loaders import CorruptShardError, VolumeReader, open_loader
 from loaders.decode import Decoder
 from loaders.fetch import Buffer, Payload, ShardFetcher
+from loaders.groups import decodes_groups
 from loaders.output import Output, make_decoder
+from loaders.slots import SlotRing, fills_slots
+from loaders.threads import ScanGroup
+from loaders.timing import Timing
 from loaders.views import Picture, plan_picture
 
 CPU = torch.device("cpu")
@@ -58,8 +63,36 @@ def check_all_readings(
                 else:
                     assert isinstance(found, np.ndarray), found
                     np.testing.assert_array_equal(found, expected)
+        group = ScanGroup([0, 0], [2, 0], np.full((3, *picture.shape), 77, decoder.table.dtype))
+        batch = group.target
+        decodes_groups(fetcher, decoder)(group, buffer)
+        assert (batch[1] == 77).all(), "a place of another group was written to"
+        reasons |= {str(error) for error in group.errors.values()}
+        assert set(group.errors) == (set() if expected is not None else {0, 2})
+        if expected is not None:
+            np.testing.assert_array_equal(batch[[0, 2]], np.stack([expected] * 2))
+        check_slots(fetcher, decoder, volume, reasons)
     assert len(reasons) <= 1, reasons
     return expected is not None
+
+
+def check_slots(fetcher: ShardFetcher, decoder: Decoder, volume: np.ndarray | None, reasons: set[str]) -> None:
+    """Check what a GPU would be given: the blocks of the slabs, or why there are none."""
+    ring = SlotRing(3, decoder, Timing(), pinned=False)
+    batch = ring.take(3)
+    group = ScanGroup([0, 0], [2, 0], batch)
+    fills_slots(fetcher, decoder, ring)(group, Buffer())
+    ring.settle(batch)
+    assert {str(error) for error in group.errors.values()} <= reasons
+    if volume is None:
+        return  # blocks are not looked into before the GPU does
+    assert not group.errors
+    slabs = volume.reshape(-1, *decoder.slab_shape)[decoder.picture.slabs]
+    for place in (0, 2):
+        for slab, offset, size in zip(slabs, batch.offsets[place], batch.sizes[place], strict=True):
+            block = batch.memory[place, offset : offset + size].tobytes()
+            decoded = lz4.decompress(int(slab.nbytes).to_bytes(4, "little") + block)
+            assert decoded == slab.tobytes()
 
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled decoder here")
@@ -68,7 +101,7 @@ def check_all_readings(
 def test_all_decoders_give_what_was_written(tmp_path, data, shard, dtype):
     picture = data.draw(pictures(shard))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fetch, "_GAP", data.draw(st.sampled_from([0, 5, 64 << 10])))
+        patch.setattr(ShardFetcher, "gap", data.draw(st.sampled_from([0, 5, 64 << 10])))
         largest = ShardFetcher(shard.store(tmp_path), picture.slabs).largest
         good = check_all_readings(shard.store(tmp_path), shard.content, shard.voxels.shape, picture, dtype)
     assert good or len(shard.content) > largest

@@ -23,7 +23,7 @@ from small_store import make_store
 
 from ingest.shard import shard_path
 from loaders import Augmentation, Batch, CorruptShardError, ShardError, SlowReadError, open_loader
-from loaders.decode import Decoder
+from loaders.fetch import ShardFetcher
 
 SCANS = 12
 BACKENDS = ["torch", "dali"]
@@ -180,16 +180,18 @@ def test_a_fault_that_no_scan_is_to_blame_for_is_not_skipped(store, monkeypatch)
     def explode(*_: object) -> None:
         raise MemoryError("no memory left")
 
-    monkeypatch.setattr(Decoder, "decode", explode)
-    with open_loader(store, backend="torch", on_error="skip") as loader, pytest.raises(MemoryError, match="no memory"):
-        list(loader)
+    with open_loader(store, backend="torch", on_error="skip") as loader:
+        monkeypatch.setattr("loaders.groups.source_of", explode)
+        with pytest.raises(MemoryError, match="no memory"):
+            list(loader)
 
 
 def test_a_thread_that_is_made_to_exit_does_not_hang_the_loader(store, monkeypatch):
     def leave(*_: object) -> None:
         raise SystemExit(3)
 
-    monkeypatch.setattr(Decoder, "decode", leave)
+    shard_path(store, 5).unlink()
+    monkeypatch.setattr(ShardFetcher, "fetch", leave)
     with open_loader(store, backend="torch") as loader, pytest.raises(SystemExit):
         list(loader)
 

@@ -161,7 +161,7 @@ def test_slabs_that_lie_near_each_other_come_in_one_piece(large, monkeypatch):
     index = np.frombuffer(shard_path(large, 1).read_bytes()[-644:-4], "<u8").reshape(40, 2).tolist()
     assert first == (0, sum(index[2]))
     assert second == (index[20][0], sum(index[20]))
-    assert index[1][1] < fetch._GAP
+    assert index[1][1] < fetch.ShardFetcher.gap
 
 
 def test_requests_run_at_the_same_time(store, network):
@@ -345,5 +345,5 @@ def test_what_was_put_is_what_is_tested(server, local):
     key = shard_name(2)
     content = bytes(obstore.get(server.store("stores", "s.zarr"), key).bytes())
     assert content == (local / key).read_bytes()
-    assert len(content) < fetch._GAP
+    assert len(content) < fetch.ShardFetcher.gap
     assert open_store(local).grid.shape_zyx == SHAPE
