@@ -20,7 +20,8 @@ from loaders.decode import Decoder
 from loaders.order import BatchPlan
 from loaders.output import Output
 from loaders.slots import SlotBatch, SlotRing
-from loaders.timing import GpuStopwatch, Timing
+from loaders.timing import Timing
+from loaders.torch_backend import finished_ahead
 from loaders.views import View, cut
 
 QUEUE_DEPTH = 2
@@ -78,31 +79,25 @@ def inflated_on_gpu(
         )  # fmt: skip
         return _inflate(content, offsets, sizes, [planes, height, width])
 
-    stopwatch = GpuStopwatch(device)
-    # DALI writes to memory again when nobody refers to it, and knows nothing of what torch has put on its stream: a
-    # batch is referred to until that has been done, and what the consumer gets is memory of torch's own.
-    in_use: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
-    try:
+    def inflated() -> Generator[tuple[BatchPlan, torch.Tensor]]:
         for outputs in _run(volumes()):
             plan, batch, _ = plans.popleft()
-            inflated = _as_torch(outputs[0]).view(len(plan.rows), slabs * planes, height, width)
             ring.give_back(batch)  # `_run` has waited for this batch: its copies are done
-            with stopwatch.running() if inflated.is_cuda else contextlib.nullcontext():
-                images = output.finish(_cut(inflated, decoder), epoch, plan.positions)
-                if images.untyped_storage().data_ptr() == inflated.untyped_storage().data_ptr():
-                    images = images.clone()
-            if inflated.is_cuda:
-                done = torch.cuda.Event()
-                done.record(torch.cuda.current_stream(device))
-                in_use.append((done, inflated))
-            while in_use and in_use[0][0].query():
-                in_use.popleft()
-            timing.augment += stopwatch.seconds()
-            yield plan, images
-            del images, inflated, outputs
-    finally:
-        for done, _ in in_use:
-            done.synchronize()
+            yield plan, _as_torch(outputs[0]).view(len(plan.rows), slabs * planes, height, width)
+            del outputs
+
+    def finish(plan: BatchPlan, slices: torch.Tensor) -> torch.Tensor:
+        images = output.finish(_cut(slices, decoder), epoch, plan.positions)
+        # DALI writes to memory again when nobody refers to it, and knows nothing of what torch has put on a stream:
+        # the consumer gets memory of torch's own.
+        same = images.untyped_storage().data_ptr() == slices.untyped_storage().data_ptr()
+        return images.clone() if same else images
+
+    if device.type == "cuda":
+        yield from finished_ahead(inflated(), lambda there: there, finish, timing, device)
+        return
+    for plan, slices in inflated():
+        yield plan, finish(plan, slices)
 
 
 def _as_torch(batch: Any) -> torch.Tensor:

@@ -197,8 +197,9 @@ class Loader:
         # Augmenting on the CPU takes longer than loading, and memory for a batch of its own. So does DALI.
         busy = output.augmentation is not None or self.backend == "dali"
         ahead = 3 if self.device.type == "cuda" else 1 if busy and not self._inflates else 2
-        # Groups enough for all threads, in the batches that are under way; of remote scans each is waited for by itself
-        groups = -(-2 * self._threads.threads // ahead)
+        # Groups enough for all threads, in the batches that are under way, and some more; of remote scans each is
+        # waited for by itself
+        groups = -(-3 * self._threads.threads // (2 * ahead))
         group = -(-self.sampling.batch_size // groups) if self._fetcher.compiled else 1
         if self._inflates:
             from loaders.dali_backend import inflated_on_gpu

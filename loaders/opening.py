@@ -22,7 +22,7 @@ from loaders.select import balancing_weights, phenotype, select_rows, strata_of
 from loaders.views import plan_picture
 
 BACKENDS = ("auto", "dali", "torch")
-_MOST_THREADS = 16  # more find nothing to do: so many bring in compressed bytes as fast as a GPU's bus takes them
+_MOST_THREADS = 8  # so many bring in compressed bytes as fast as a GPU's bus takes them; more are in a network's way
 _REMOTE_THREADS = 16  # they wait for the network most of the time
 
 
@@ -105,7 +105,7 @@ def open_loader(
         Where the batches shall be, ``cpu`` or ``cuda``; by default a GPU for the DALI backend where there is one,
         else the CPU.
     threads
-        Threads that read and decode; by default one per core, at most 16, and 16 for ``s3://``.
+        Threads that read and decode; by default one per core, at most 8, and 16 for ``s3://``.
     on_error
         ``raise``, or ``skip``: a scan that cannot be read is reported, counted in `Loader.skipped`, and marked in its
         batch.

@@ -183,4 +183,7 @@ def _scale(levels: torch.Tensor, out: torch.Tensor, gain: float, bias: float) ->
     per_scan = max(1, levels[:1].numel())
     scans = max(1, _PRODUCTS // per_scan) if levels.is_cuda else 1
     for some, target in zip(levels.split(scans), out.split(scans), strict=True):
-        torch.add(torch.mul(some, gain).expand(target.shape), bias, out=target)
+        if bias:
+            torch.add(torch.mul(some, gain).expand(target.shape), bias, out=target)
+        else:
+            torch.mul(some.expand(target.shape), gain, out=target)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,34 +32,57 @@ def on_cpu(
 def on_gpu(
     batches: Iterator[tuple[BatchPlan, np.ndarray]], output: Output, epoch: int, timing: Timing, device: torch.device
 ) -> Generator[tuple[BatchPlan, torch.Tensor]]:
-    """Yield batches on a GPU. While the consumer works on one, the next is copied, on a stream of its own.
+    """Yield batches on a GPU.
 
     Parameters
     ----------
     batches
         In page-locked memory.
     """
+    yield from finished_ahead(
+        batches,
+        lambda array: torch.from_numpy(array).to(device, non_blocking=True),
+        lambda plan, images: output.finish(images, epoch, plan.positions),
+        timing,
+        device,
+    )
+
+
+def finished_ahead(
+    batches: Iterator[tuple[BatchPlan, Any]],
+    bring: Callable[[Any], torch.Tensor],
+    finish: Callable[[BatchPlan, torch.Tensor], torch.Tensor],
+    timing: Timing,
+    device: torch.device,
+) -> Generator[tuple[BatchPlan, torch.Tensor]]:
+    """Finish batches on a GPU. While the consumer works on one, the next is finished, on a stream of its own.
+
+    Parameters
+    ----------
+    bring, finish
+        Put on the stream what brings pictures to the GPU, and what makes a batch of them, in memory of torch's own.
+        What it is made of is held until that is done.
+    """
     stream = torch.cuda.Stream(device)
     copies, augments = GpuStopwatch(), GpuStopwatch()
     ready: deque[tuple[BatchPlan, torch.Tensor, torch.cuda.Event]] = deque()
-    # A copy reads the host's memory after this code has gone on: it is held until the copy has ended.
-    copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
+    # A GPU reads memory after this code has gone on.
+    in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
 
-    def start(plan: BatchPlan, array: np.ndarray) -> None:
+    def start(plan: BatchPlan, source: Any) -> None:
         with torch.cuda.stream(stream):
-            copied, done = torch.cuda.Event(), torch.cuda.Event()
+            done = torch.cuda.Event()
             with copies.running():
-                images = torch.from_numpy(array).to(device, non_blocking=True)
-            copied.record()
+                images = bring(source)
             with augments.running():
-                images = output.finish(images, epoch, plan.positions)
+                images = finish(plan, images)
             done.record()
-        copying.append((copied, array))
+        in_use.append((done, source))
         ready.append((plan, images, done))
 
     def settle() -> None:
-        while copying and copying[0][0].query():
-            copying.popleft()
+        while in_use and in_use[0][0].query():
+            in_use.popleft()
         timing.copy += copies.seconds()
         timing.augment += augments.seconds()
 
@@ -70,9 +94,9 @@ def on_gpu(
         return plan, images
 
     try:
-        for plan, array in batches:
-            start(plan, array)
-            del array
+        for plan, source in batches:
+            start(plan, source)
+            del source
             settle()
             if len(ready) > 1:
                 yield hand_over()
