@@ -53,7 +53,7 @@ def loaders_gpu(
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the benchmark itself.")] = "cuda",
     scans: Annotated[int, typer.Option(min=4, help="Scans of each store.")] = 8192,
     shape: Annotated[tuple[int, int, int], typer.Option(help="Planes, rows, columns of a volume.")] = (160, 192, 160),
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
     seconds: Annotated[float, typer.Option(min=0, help="Of each measurement.")] = 6.0,
     directory: Directory = DIRECTORY / "loaders-gpu",
     json_file: JsonFile = None,

@@ -1,6 +1,7 @@
 """Scans a second through frozen networks: a plain loop, plain torchvision, ours fed from memory, and ``extract``.
 
-The plain loop is what users write: MONAI reads .nii.gz files in as many workers as there are cores, and torchvision's
+The plain loop is what users write: MONAI reads .nii.gz files in as many workers as there are cores (which have begun
+before the clock does), and torchvision's
 network in float32 gets three channels, divided and normalised, in torch's default memory layout. Plain torchvision is
 the same fed from memory. It is given channels-last, too, and as many scans at a time as are fastest, to tell what those
 alone are worth. Ours works in a process of its own, for how it has memory allocated is one of the things that make it
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -38,13 +39,15 @@ from benchmarks.made import DIFFERENT, SHAPE, make_files, make_store, make_volum
 from benchmarks.results import Report, Result, failure
 from extract import Encoder, build_encoder, extract
 from extract.fast import memory_for
-from ingest.store import VolumeStore, open_store, package_versions
+from ingest.store import DEFAULT_SLAB, VolumeStore, open_store, package_versions
 from loaders import View, VolumeReader, slices_of
 
 LOOP = "MONAI and plain torchvision"
 PLAIN, CHANNELS_LAST, OURS, EXTRACT = "plain", "plain, channels-last", "folded, grey", "extract"
 TUNED = "plain, its best batch"
 HALF = "folded, grey, bfloat16"  # on a CPU that multiplies such numbers; a GPU does everything in them
+_RESIDENT = 1024  # scans in memory, over and over
+_MADE = 8192  # scans of a store that is made up, over and over
 STORED = 256  # scans of the store, which the benchmark of the loaders uses, too
 
 
@@ -66,7 +69,7 @@ class Case:
 #: By device. What starts with a run is nothing in one of tens of thousands of scans, and should be little here.
 CASES = {
     "cpu": (Case("resnet18", 1.0, 8, 40, 40, 40), Case("r3d_18", 0.5, 2, 4, 4, 4)),
-    "cuda": (Case("resnet18", 1.0, 64, 1024, 256, 16384), Case("r3d_18", 1.0, 16, 64, 64, 512)),
+    "cuda": (Case("resnet18", 1.0, 64, 8192, 512, 65536), Case("r3d_18", 1.0, 16, 64, 128, 512)),
 }
 
 
@@ -115,7 +118,7 @@ def run_extract(
     if device == "cpu":
         store, files = prepare(directory, stored)
     else:
-        store, files = make_data(directory, max(case.extracted for case in cases))
+        store, files = make_data(directory, min(_MADE, max(case.extracted for case in cases)))
     source = Source(store, files, np.asarray(store.ok_rows))
     results: list[Result] = []
     ratios: dict[str, float] = {}
@@ -168,7 +171,7 @@ def make_data(directory: Path, scans: int) -> tuple[VolumeStore, dict[int, Path]
     brightest = [np.percentile(volume[volume > 0], 99.9) for volume in volumes]
     stored = [np.rint(np.clip(v / top, 0, 1) * 255).astype(np.uint8) for v, top in zip(volumes, brightest, strict=True)]
     path = directory / "made.zarr"
-    make_store(path, np.stack(stored), slab=4, scans=scans)
+    make_store(path, np.stack(stored), slab=DEFAULT_SLAB, scans=scans)
     return open_store(path), {row: files[row % len(files)] for row in range(scans)}
 
 
@@ -227,7 +230,7 @@ def check_features(name: str, found: np.ndarray, expected: np.ndarray, tolerance
         raise ValueError(f"features of {name}, differ from those of plain torchvision")
 
 
-_ways: dict[str, tuple[Callable[[int], Any], int]] = {}  # of this process: what is done, and of how many scans
+_ways: dict[str, Callable[[int], tuple[torch.Tensor, float]]] = {}  # of this process: features, and scans a second
 _encoders: dict[str, Encoder] = {}
 
 
@@ -244,31 +247,51 @@ def _begin(
     encode = plain_torchvision(encoder) if name in (PLAIN, TUNED, LOOP) else encoder
     opened = open_store(store)
 
-    def looped(size: int, scans: int) -> torch.Tensor:
-        source = Source(opened, files, rows[:scans])
-        cores = len(os.sched_getaffinity(0))
-        batches = open_peer(MONAI, source, Path(), source.rows, batch_size=size, workers=min(cores, scans))
-        # (scan, 1, x, y, z), in [0, 1]
-        return torch.cat([encode(batch[:, 0].permute(0, 3, 2, 1).to(encoder.device)) for batch in batches]).cpu()
+    def looped(size: int, scans: int) -> tuple[torch.Tensor, float]:
+        workers = min(len(os.sched_getaffinity(0)), scans)
+        size = max(1, min(size, scans // (4 * workers)))  # each worker makes batches of its own, and should make some
+        batches = open_peer(
+            MONAI, Source(opened, files, rows[:scans]), Path(), rows[:scans], batch_size=size, workers=workers
+        )
+        features, begun, left = [], time.perf_counter(), scans
+        for number, batch in enumerate(batches):
+            # (scan, 1, x, y, z), in [0, 1]
+            features.append(encode(batch[:, 0].permute(0, 3, 2, 1).to(encoder.device)))
+            if number + 1 == workers and scans > 2 * workers * size:  # all of them are under way
+                torch.cat(features).cpu()  # which a GPU may still be at work on
+                begun, left = time.perf_counter(), scans - workers * size
+        found = torch.cat(features).cpu()
+        return found, left / (time.perf_counter() - begun)
 
     def from_store(size: int, scans: int) -> torch.Tensor:
-        return torch.from_numpy(extract(store, encoder, rows=rows[:scans], batch_size=size).features)
+        return torch.from_numpy(extract(store, encoder, rows=np.resize(rows, scans), batch_size=size).features)
 
     def fed(size: int, scans: int) -> torch.Tensor:
+        batches = islice(cycle(images.split(size)), -(-scans // size))
         with nullcontext() if plain else memory_for(encoder.device):
-            return torch.cat([encode(batch) for batch in images[:scans].split(size)]).cpu()
+            return torch.cat([encode(batch) for batch in batches]).cpu()
 
-    way, scans = {LOOP: (looped, case.looped), EXTRACT: (from_store, case.extracted)}.get(name, (fed, case.in_memory))
-    if way is fed:
+    def timed(work: Callable[[int, int], torch.Tensor]) -> Callable[[int, int], tuple[torch.Tensor, float]]:
+        def run(size: int, scans: int) -> tuple[torch.Tensor, float]:
+            begun = time.perf_counter()
+            features = work(size, scans)
+            return features, len(features) / (time.perf_counter() - begun)
+
+        return run
+
+    way, scans = {LOOP: (looped, case.looped), EXTRACT: (timed(from_store), case.extracted)}.get(
+        name, (timed(fed), case.in_memory)
+    )
+    if name not in (LOOP, EXTRACT):
         with VolumeReader(opened) as reader:
-            images = torch.from_numpy(reader.read(rows[:scans])).to(encoder.device)
-    _ways[name] = partial(way, scans=scans), scans
+            images = torch.from_numpy(reader.read(rows[: min(scans, _RESIDENT)])).to(encoder.device)
+    _ways[name] = lambda size: way(size, scans)
     batch_size = case.batch
-    some = way(batch_size, batch_size)  # also warms up
+    some, _ = way(batch_size, batch_size)  # also warms up
     if name in (TUNED, CHANNELS_LAST):
         tried = [batch_size >> halved for halved in range(batch_size.bit_length())]
-        taken = {size: min(_seconds(partial(way, size, batch_size)) for _ in range(2)) for size in tried}
-        batch_size = min(taken, key=taken.__getitem__)
+        speeds = {size: max(way(size, batch_size)[1] for _ in range(2)) for size in tried}
+        batch_size = max(speeds, key=speeds.__getitem__)
     return some.numpy(), batch_size
 
 
@@ -288,14 +311,7 @@ def _peak(name: str) -> float:
 
 def _turn(name: str, size: int) -> float:
     """Return how many scans a second a way does."""
-    way, scans = _ways[name]
-    return scans / _seconds(partial(way, size))
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    function()
-    return time.perf_counter() - begun
+    return _ways[name](size)[1]
 
 
 def plain_torchvision(encoder: Encoder) -> Callable[[torch.Tensor], torch.Tensor]:

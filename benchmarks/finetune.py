@@ -44,7 +44,7 @@ from finetune.heads import Head
 from finetune.settings import make_settings
 from finetune.split import Split
 from finetune.training import StepDone, Training, train_epoch
-from ingest.store import VolumeStore, open_store, package_versions
+from ingest.store import DEFAULT_SLAB, VolumeStore, open_store, package_versions
 from loaders import Batch, Loader, open_loader
 from loaders.output import Output
 from loaders.views import plan_picture
@@ -132,7 +132,7 @@ def run_finetune(
     cases = [replace(c, steps=steps or c.steps, turns=turns or c.turns) for c in CASES[where.type]]
     scans = max(case.batch * (case.steps + 1 + _AHEAD) for case in cases)
     path = directory / "store.zarr"
-    packed = make_store(path, make_volumes(min(scans, DIFFERENT), shape), slab=4, scans=scans)
+    packed = make_store(path, make_volumes(min(scans, DIFFERENT), shape), slab=DEFAULT_SLAB, scans=scans)
     store = open_store(path)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     peak = arithmetic_speed(where, dtype)

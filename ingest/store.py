@@ -29,7 +29,7 @@ FORMAT = "brain-volumes"
 FORMAT_VERSION = 1
 
 #: Planes per slab: about 123 KB each, enough for a CPU and small enough for a GPU to have thousands in flight.
-DEFAULT_SLAB = 4
+DEFAULT_SLAB = 2
 
 
 @dataclass(frozen=True)
