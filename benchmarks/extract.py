@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,6 +47,7 @@ LOOP = "MONAI and plain torchvision"
 PLAIN, CHANNELS_LAST, OURS, EXTRACT = "plain", "plain, channels-last", "folded, grey", "extract"
 TUNED = "plain, its best batch"
 HALF = "folded, grey, bfloat16"  # on a CPU that multiplies such numbers; a GPU does everything in them
+_LOOPED = 16  # scans that the plain loop gets before it is measured
 _RESIDENT = 1024  # scans in memory, over and over
 _MADE = 8192  # scans of a store that is made up, over and over
 STORED = 256  # scans of the store, which the benchmark of the loaders uses, too
@@ -64,12 +66,13 @@ class Case:
     in_memory: int
     looped: int
     extracted: int
+    loops: int = 1 << 30  # turns that have the plain loop, at most
 
 
 #: By device. What starts with a run is nothing in one of tens of thousands of scans, and should be little here.
 CASES = {
     "cpu": (Case("resnet18", 1.0, 8, 40, 40, 40), Case("r3d_18", 0.5, 2, 4, 4, 4)),
-    "cuda": (Case("resnet18", 1.0, 64, 8192, 512, 65536), Case("r3d_18", 1.0, 16, 64, 128, 512)),
+    "cuda": (Case("resnet18", 1.0, 64, 8192, 256, 40_000, 1), Case("r3d_18", 1.0, 16, 64, 128, 512, 1)),
 }
 
 
@@ -98,7 +101,7 @@ def run_extract(
     cases
         By default `CASES` of the device.
     on_report
-        Called with what there is, after each network.
+        Called with what there is, after each turn: a GPU may be there for minutes only.
 
     Returns
     -------
@@ -120,31 +123,30 @@ def run_extract(
     else:
         store, files = make_data(directory, min(_MADE, max(case.extracted for case in cases)))
     source = Source(store, files, np.asarray(store.ok_rows))
-    results: list[Result] = []
+    results: dict[str, list[Result]] = {}  # by network
     ratios: dict[str, float] = {}
     settings: dict[str, Any] = {
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": len(os.sched_getaffinity(0)),
         "cases": {case.model: vars(case) for case in cases}, "repeats": repeats, "slices": 9,
         "batch_size": {}, "gflops_per_scan": {}, "hours_for_40000_scans": {}, "failures": {},
-        "versions": package_versions("torch", "torchvision", "monai"),
+        "versions": package_versions("torch", "torchvision", "nvidia-dali-cuda130", "monai"),
     }  # fmt: skip
-    for case in cases:
-        turns = repeats if case.model == "resnet18" else max(1, (repeats + 1) // 2)
+
+    def report() -> Report:
+        return Report("extract", settings, [one for some in results.values() for one in some], dict(ratios))
+
+    def note(case: Case, measured: _Measured) -> None:
         unit, per = ("scans/s", 1) if case.model == "resnet18" else ("scans/min", 60)
-        try:
-            measured = _measure(case, source, turns, device)
-        except Exception as error:  # ours could not begin, or a process has died
-            settings["failures"][case.model] = failure(error)
-            continue
         settings["failures"] |= measured.failures
         settings["batch_size"] |= {f"{case.model}, {name}": size for name, size in measured.batch_sizes.items()}
         settings["gflops_per_scan"][case.model] = round(measured.operations / 1e9, 2)
         middle = {name: median(values) for name, values in measured.speeds.items()}
+        results[case.model] = []
         for name, values in measured.speeds.items():
             value, low, high = (round(speed * per, 2) for speed in (middle[name], min(values), max(values)))
             share = round(middle[name] * measured.operations / measured.peaks[name], 3)
-            results.append(Result(f"{case.model}, {name}", value, unit, low, high, limit_share=share))
+            results[case.model].append(Result(f"{case.model}, {name}", value, unit, low, high, limit_share=share))
         for name, of in (
             (OURS, PLAIN),
             (OURS, TUNED),
@@ -160,8 +162,15 @@ def run_extract(
             if name in middle:
                 settings["hours_for_40000_scans"][f"{case.model}, {name}"] = round(40_000 / middle[name] / 3600, 3)
         if on_report is not None:
-            on_report(Report("extract", settings, list(results), dict(ratios)))
-    return Report("extract", settings, results, ratios)
+            on_report(report())
+
+    for case in cases:
+        turns = repeats if case.model == "resnet18" else max(1, (repeats + 1) // 2)
+        try:
+            _measure(case, source, turns, device, partial(note, case))
+        except Exception as error:  # ours could not begin, or a process has died
+            settings["failures"][case.model] = failure(error)
+    return report()
 
 
 def make_data(directory: Path, scans: int) -> tuple[VolumeStore, dict[int, Path]]:
@@ -186,7 +195,7 @@ class _Measured:
     failures: dict[str, str]
 
 
-def _measure(case: Case, source: Source, turns: int, device: str) -> _Measured:
+def _measure(case: Case, source: Source, turns: int, device: str, on_turn: Callable[[_Measured], None]) -> None:
     speeds: dict[str, list[float]] = {}
     sizes: dict[str, int] = {}
     failures: dict[str, str] = {}
@@ -195,7 +204,9 @@ def _measure(case: Case, source: Source, turns: int, device: str) -> _Measured:
     files = {row: source.files[row] for row in source.rows[: case.looped].tolist()}
     given = (case, str(source.store.path), source.rows, files, device)
     with ProcessPoolExecutor(1, mp_context=spawn) as theirs, ProcessPoolExecutor(1, mp_context=spawn) as ours:
-        ways = dict.fromkeys((PLAIN, TUNED, CHANNELS_LAST, LOOP), theirs) | dict.fromkeys((OURS, EXTRACT), ours)
+        ways = {PLAIN: theirs, TUNED: theirs, CHANNELS_LAST: theirs, OURS: ours, EXTRACT: ours, LOOP: theirs}
+        if device != "cpu":  # whose time is dear: on an H100 they made 2,890 and 1,260 scans/s, and plain 2,890
+            del ways[TUNED], ways[CHANNELS_LAST]
         if half:
             ways[HALF] = ours
         expected: np.ndarray | None = None
@@ -206,17 +217,20 @@ def _measure(case: Case, source: Source, turns: int, device: str) -> _Measured:
                 print(f"{case.model}, {name}: ready after {time.perf_counter() - begun:.1f} s", flush=True)
                 expected = features if expected is None else expected
                 rounded = device != "cpu" or name in (HALF, LOOP)
-                check_features(f"{case.model}, {name}", features, expected, 0.05 if rounded else 1e-4)
+                check_features(f"{case.model}, {name}", features, expected[: len(features)], 0.05 if rounded else 1e-4)
             except Exception as error:
                 failures[f"{case.model}, {name}"] = failure(error)
                 del ways[name]
-        for _ in range(turns):
-            for name, pool in ways.items():
-                speeds.setdefault(name, []).append(pool.submit(_turn, name, sizes[name]).result())
-                print(f"{case.model}, {name}: {speeds[name][-1]:.2f} scans/s", flush=True)
         operations = ours.submit(_operations, str(source.store.path), source.rows).result()
         peaks = {name: pool.submit(_peak, name).result() for name, pool in ways.items()}
-    return _Measured(speeds, {name: sizes[name] for name in ways}, operations, peaks, failures)
+        measured = _Measured(speeds, {name: sizes[name] for name in ways}, operations, peaks, failures)
+        for turn in range(turns):
+            for name, pool in ways.items():
+                if name == LOOP and turn >= case.loops:
+                    continue
+                speeds.setdefault(name, []).append(pool.submit(_turn, name, sizes[name]).result())
+                print(f"{case.model}, {name}: {speeds[name][-1]:.2f} scans/s", flush=True)
+            on_turn(measured)
 
 
 def _multiplies_bfloat16() -> bool:
@@ -287,7 +301,7 @@ def _begin(
             images = torch.from_numpy(reader.read(rows[: min(scans, _RESIDENT)])).to(encoder.device)
     _ways[name] = lambda size: way(size, scans)
     batch_size = case.batch
-    some, _ = way(batch_size, batch_size)  # also warms up
+    some, _ = way(batch_size, min(batch_size, _LOOPED) if name == LOOP else batch_size)  # also warms up
     if name in (TUNED, CHANNELS_LAST):
         tried = [batch_size >> halved for halved in range(batch_size.bit_length())]
         speeds = {size: max(way(size, batch_size)[1] for _ in range(2)) for size in tried}

@@ -15,7 +15,7 @@ import numpy as np
 from ingest.grid import Grid
 from ingest.scan import ScanRow
 from ingest.shard import encode_shard, shard_path
-from ingest.store import create_store
+from ingest.store import DEFAULT_SLAB, create_store
 
 #: What a loader may have besides three batches.
 BESIDES_BATCHES = 256 << 20
@@ -57,15 +57,15 @@ def measure_memory(store: Path, tiny: Path, *, scans: int, batch_size: int) -> d
 
 def make_tiny_store(path: Path, scans: int) -> None:
     """Make a store of tiny scans, all of which have the same voxels, unless it is there."""
-    done = path.with_name(f"{path.name}.json")
-    if done.is_file() and json.loads(done.read_text()) == {"scans": scans}:
+    done, made = path.with_name(f"{path.name}.json"), {"scans": scans, "slab": DEFAULT_SLAB}
+    if done.is_file() and json.loads(done.read_text()) == made:
         return
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [ScanRow(f"{n:07d}", "2", "T1", f"{n}.zip/T1.nii.gz", status="ok", scale=1.0) for n in range(scans)]
     identity = tuple(tuple(float(a == b) for b in range(4)) for a in range(4))
     create_store(path, rows, Grid(_SHAPE, 1.0, identity, "native"), attrs={"settings": {}, "intensity": {}})
-    content = encode_shard(np.arange(np.prod(_SHAPE), dtype=np.uint8).reshape(_SHAPE), 4)
+    content = encode_shard(np.arange(np.prod(_SHAPE), dtype=np.uint8).reshape(_SHAPE), DEFAULT_SLAB)
     for number in range(scans):
         shard = Path(str(shard_path(path, number)))
         shard.parent.mkdir(parents=True)
@@ -74,7 +74,7 @@ def make_tiny_store(path: Path, scans: int) -> None:
             original = shard
         else:
             os.link(original, shard)  # as good as a file to whoever reads, and made in less time
-    done.write_text(json.dumps({"scans": scans}))
+    done.write_text(json.dumps(made))
 
 
 def _in_process(store: Path, **settings: Any) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def provenance(volumes: VolumeStore, encoder: Encoder, backend: str) -> dict[str
     """Return the attributes of embeddings."""
     return {
         **describe(encoder),
-        "backend": choose_backend(backend, encoder.device)[0],
+        "backend": choose_backend(backend, encoder.device, _what_to_load(volumes, encoder)[0])[0],
         "store": {
             "path": str(volumes.path.absolute()),
             "id": volumes.attrs["store_id"],

@@ -19,7 +19,7 @@ from loaders.loader import Loader
 from loaders.order import Sampling
 from loaders.output import Output, torch_dtype
 from loaders.select import balancing_weights, phenotype, select_rows, strata_of
-from loaders.views import plan_picture
+from loaders.views import View, plan_picture
 
 BACKENDS = ("auto", "dali", "torch")
 _MOST_THREADS = 8  # so many bring in compressed bytes as fast as a GPU's bus takes them; more are in a network's way
@@ -100,7 +100,8 @@ def open_loader(
         is set up.
     backend
         ``dali`` (needs nvidia-dali; inflates on the GPU where there is one), ``torch``, or ``auto``: DALI where it and
-        a GPU are at hand. The pixels are the same.
+        a GPU are at hand, but for axial slices, whose few slabs are decoded here and leave the GPU to the network. The
+        pixels are the same.
     device
         Where the batches shall be, ``cpu`` or ``cuda``; by default a GPU for the DALI backend where there is one,
         else the CPU.
@@ -138,7 +139,7 @@ def open_loader(
         raise ValueError(f"threads is {threads}, expected 1 or more")
     if (cache_dir is None) != (not cache_bytes):
         raise ValueError("a cache needs both cache_dir and cache_bytes, its folder and its greatest size")
-    chosen, where_to = choose_backend(backend, device)
+    chosen, where_to = choose_backend(backend, device, view)
     opened = store if isinstance(store, VolumeStore) else open_store(store)
     check_layout(opened)
     wanted = select_rows(opened, rows=rows, where=where, known=[known] if isinstance(known, str) else known)
@@ -164,8 +165,10 @@ def open_loader(
     )
 
 
-def choose_backend(backend: str, device: str | torch.device | None = None) -> tuple[str, torch.device]:
-    """Turn ``auto`` into ``dali`` or ``torch`` and choose the device; refuse what is not there."""
+def choose_backend(
+    backend: str, device: str | torch.device | None = None, view: str = "volume"
+) -> tuple[str, torch.device]:
+    """Turn ``auto`` into ``dali`` or ``torch`` for a view, and choose the device; refuse what is not there."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -186,7 +189,7 @@ def choose_backend(backend: str, device: str | torch.device | None = None) -> tu
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", torch.cuda.current_device())
     if backend == "auto":
-        backend = "dali" if installed and wanted.type == "cuda" else "torch"
+        backend = "dali" if installed and wanted.type == "cuda" and view != View.axial else "torch"
     return backend, wanted
 
 

@@ -30,7 +30,8 @@ from ingest.verify import VerifyReport, verify
 MEMBER = "T1/T1_brain_to_MNI.nii.gz"
 OK, ABSENT = (0, 1), 2  # rows
 ZIPS = [f"90/900000{number}_20252_2_0.zip" for number in (1, 2, 3)]
-INDEX = index_bytes(40)
+SLAB = 4  # planes
+INDEX = index_bytes(160 // SLAB)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
         write_ukb_zip(folder / "src", f"900000{number}", {MEMBER: brain.read_bytes()})
     write_ukb_zip(folder / "src", "9000003", {"T1/T1.nii.gz": b""})
     (folder / "ages.csv").write_text("eid,21003-2.0\n9000001,55\n9000002,61\n")
-    ingest(folder / "src", folder / "a.zarr", IngestSettings(phenotypes=folder / "ages.csv"))
+    ingest(folder / "src", folder / "a.zarr", IngestSettings(phenotypes=folder / "ages.csv", slab=SLAB))
     return folder / "src", folder / "a.zarr"
 
 
