@@ -33,7 +33,7 @@ from ingest import IngestSettings, ingest, open_store
 from ingest.decode import lz4_decompress_safe
 from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_path
 from ingest.simulate import simulate_cohort
-from ingest.store import VolumeStore, package_versions
+from ingest.store import DEFAULT_SLAB, VolumeStore, package_versions
 from loaders import open_loader
 from loaders.profile import profile_store
 
@@ -203,13 +203,13 @@ def prepare(directory: Path, scans: int) -> tuple[VolumeStore, dict[int, Path]]:
     files : dict
         Row -> .nii.gz file of every volume.
     """
-    done = directory / "done.json"
-    if not (done.is_file() and json.loads(done.read_text())["scans"] == scans):
+    done, made = directory / "done.json", {"scans": scans, "slab": DEFAULT_SLAB}
+    if not (done.is_file() and json.loads(done.read_text()) == made):
         shutil.rmtree(directory, ignore_errors=True)
         simulate_cohort(directory / "ukb", scans + scans // 20 + 1)  # a few have no volume
         ingest(directory / "ukb", directory / "ukb.zarr", IngestSettings(), workers=0)
         _extract_members(open_store(directory / "ukb.zarr"), directory)
-        done.write_text(json.dumps({"scans": scans}))
+        done.write_text(json.dumps(made))
     store = open_store(directory / "ukb.zarr")
     return store, {int(row): directory / "files" / f"{row}.nii.gz" for row in store.ok_rows}
 
