@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ingest.encode import encode_shard
 from ingest.grid import Grid
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_path
+from ingest.shard import shard_path
 from ingest.store import DEFAULT_SLAB, create_store
 
 #: What a loader may have besides three batches.

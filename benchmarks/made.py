@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ingest.encode import encode_shard
 from ingest.grid import Grid
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import create_store
 
 SHAPE = (160, 192, 160)  # (z, y, x)

@@ -9,6 +9,7 @@ from math import isnan, nan
 
 from ingest.archive import read_scan
 from ingest.conform import conform
+from ingest.encode import encode_shard
 from ingest.errors import ScanError
 from ingest.grid import Grid, space_of
 from ingest.intensity import IntensityRule, to_grey_levels
@@ -16,7 +17,7 @@ from ingest.memory import GRID_BYTES
 from ingest.nifti import NiftiVolume, read_nifti
 from ingest.places import Place
 from ingest.scan import ScanRow, ScanSource
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.shard import shard_path, write_shard
 
 logger = logging.getLogger("ingest")
 

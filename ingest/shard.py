@@ -18,17 +18,11 @@ import uuid
 from pathlib import Path
 from typing import overload
 
-import google_crc32c
-import numpy as np
-from numcodecs import lz4
-
 from ingest.places import ObjectPath, Place
 
 SLAB_HEADER = 4  # raw length
 CRC_BYTES = 4
 INDEX_ENTRY = 16
-#: Packs a brain in half of the time that 1 takes, into 0.9 % more bytes.
-LZ4_ACCELERATION = 16
 
 _BLOCK = 4096  # what disks want of a write that goes past the cache: its size and place are multiples of it
 _of_thread = threading.local()
@@ -37,32 +31,6 @@ _of_thread = threading.local()
 def index_bytes(slabs: int) -> int:
     """Return the size of the index at the end of a shard, with its checksum."""
     return slabs * INDEX_ENTRY + CRC_BYTES
-
-
-def encode_shard(volume: np.ndarray, slab: int) -> bytes:
-    """Compress a volume into a shard.
-
-    Parameters
-    ----------
-    volume
-        (z, y, x), C-contiguous; z a multiple of `slab`.
-    slab
-        Planes per slab.
-    """
-    depth = volume.shape[0]
-    if depth % slab:
-        raise ValueError(f"{depth} planes cannot be cut into slabs of {slab}; choose a divisor of {depth}")
-    payloads: list[bytes] = []
-    for start in range(0, depth, slab):
-        payload = lz4.compress(volume[start : start + slab], LZ4_ACCELERATION)
-        payloads += [payload, _crc(payload)]
-    sizes = np.array([len(payload) + CRC_BYTES for payload in payloads[::2]], dtype="<u8")
-    index = np.stack([np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes], axis=1).astype("<u8").tobytes()
-    return b"".join([*payloads, index, _crc(index)])
-
-
-def _crc(data: bytes) -> bytes:
-    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
 def shard_name(row: int) -> str:

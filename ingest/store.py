@@ -19,11 +19,11 @@ import zarr
 
 from ingest import remote_tables
 from ingest.columns import read_columns, write_column
+from ingest.encode import LZ4_ACCELERATION
 from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.places import Place, as_place, zarr_store
 from ingest.scan import ScanRow
-from ingest.shard import LZ4_ACCELERATION
 
 FORMAT = "brain-volumes"
 FORMAT_VERSION = 1

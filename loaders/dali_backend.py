@@ -46,15 +46,12 @@ def inflated_on_gpu(
     Raises
     ------
     ValueError
-        If a batch has more slabs than nvCOMP takes, or more bytes than its offsets can count.
+        If a batch has more slabs than nvCOMP takes, or more bytes, see `inflate_arguments`.
     """
     slabs = len(decoder.picture.slabs)
     if batch_size * slabs > _MOST_SLABS:
         raise ValueError(f"a batch of {batch_size} scans has {batch_size * slabs} slabs, at most {_MOST_SLABS} can be "
                          "inflated at once; choose a smaller batch_size")  # fmt: skip
-    if batch_size * ring.slot > _MOST_BYTES:
-        raise ValueError(f"a batch of {batch_size} scans has {batch_size * ring.slot} bytes, at most {_MOST_BYTES} can "
-                         "be inflated at once; choose a smaller batch_size")  # fmt: skip
     planes, height, width = decoder.slab_shape
     plans: deque[tuple[BatchPlan, SlotBatch, tuple[Any, ...]]] = deque()
 
@@ -122,7 +119,17 @@ def _inflate(content: Any, offsets: Any, sizes: Any, slab_shape: list[int]) -> A
 
 
 def inflate_arguments(batch: SlotBatch, scans: int, device: torch.device = _CPU) -> tuple[Any, np.ndarray, np.ndarray]:
-    """Return what `inflate` takes of so many scans: bytes, offsets, sizes. No byte is copied."""
+    """Return what `inflate` takes of so many scans: bytes, offsets, sizes. No byte is copied.
+
+    Raises
+    ------
+    ValueError
+        If there are more bytes than offsets can count.
+    """
+    nbytes = scans * batch.memory.shape[1]
+    if nbytes > _MOST_BYTES:
+        raise ValueError(f"a batch of {scans} scans has slots of {nbytes} bytes, at most {_MOST_BYTES} can be inflated "
+                         "at once; choose a smaller batch_size")  # fmt: skip
     # DALI takes page-locked memory for that of the current device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         content = TensorCPU(batch.memory[:scans].reshape(-1), is_pinned=batch.pinned)

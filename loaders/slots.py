@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ingest.decode import read_index
-from ingest.shard import CRC_BYTES, SLAB_HEADER, encode_shard
+from ingest.encode import encode_shard
+from ingest.shard import CRC_BYTES, SLAB_HEADER
 from loaders.decode import Decoder
 from loaders.fetch import Buffer, Payload, ShardFetcher
 from loaders.groups import STOPPED, Source, load_one_by_one, read_next, source_of
@@ -61,10 +62,10 @@ class SlotBatch:
         """Exchange the memory for another one with the same bytes: a read that hangs may still write into this."""
         memory = self._allocate(len(self.memory), slot)
         memory[:, : self.memory.shape[1]] = self.memory
-        for place, content in self.larger.items():
+        for place in [place for place, content in self.larger.items() if len(content) <= slot]:
+            content = self.larger.pop(place)
             memory[place, : len(content)] = content
         self.memory = memory
-        self.larger.clear()
 
 
 class SlotRing:

@@ -25,9 +25,10 @@ from finetune.checkpoints import LAST, load_run
 from finetune.results import EPOCHS, PREDICTIONS, SPLIT, RunResult, read_result
 from finetune.run import Progress, finetune
 from finetune.settings import FinetuneSettings, make_settings, read_settings
+from ingest.encode import encode_shard
 from ingest.grid import Grid
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import create_store, resize_store, write_phenotypes, write_scans
 
 SHAPE = (4, 24, 24)  # z, y, x

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ingest.encode import encode_shard
 from ingest.grid import Grid
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import create_store, resize_store, write_scans
 
 SHAPE = (16, 12, 8)  # z, y, x

@@ -115,7 +115,7 @@ DECODE = """
     if sys.argv[1] == "other CPU":
         llvm.get_host_cpu_features = dict
     from ingest import crc32c, decode
-    from ingest.shard import encode_shard
+    from ingest.encode import encode_shard
 
     llvm.get_host_cpu_features = features
     assert decode.decode_shard is not decode.decode_shard_slowly

@@ -37,9 +37,10 @@ from extract.blocks import (
 )
 from extract.resume import extract_to
 from extract.run import scans_table
+from ingest.encode import encode_shard
 from ingest.errors import StoreError
 from ingest.lock import store_lock
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import open_store, resize_store, rows_of, write_phenotypes, write_scans
 from loaders.errors import ShardError
 

@@ -31,10 +31,11 @@ from finetune.network import Input, ScanNetwork
 from finetune.run import finetune
 from finetune.settings import FinetuneSettings
 from finetune.split import read_split
+from ingest.encode import encode_shard
 from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import create_store, open_store, resize_store, set_attributes, write_phenotypes, write_scans
 from loaders import View
 

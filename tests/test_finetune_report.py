@@ -22,9 +22,10 @@ from finetune.report import render_finetune_report, write_finetune_report
 from finetune.report_plots import loss_plot
 from finetune.results import RunResult, read_result
 from finetune.settings import make_settings
+from ingest.encode import encode_shard
 from ingest.grid import Grid
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import create_store, open_store, resize_store, write_phenotypes, write_scans
 from loaders.views import View
 

@@ -18,7 +18,8 @@ from numcodecs import lz4
 from shard_cases import crc
 from small_store import SHAPE, SLAB, make_store
 
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.encode import encode_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import open_store, rows_of, write_scans
 from loaders import CorruptShardError, dali_backend, loader, open_loader
 from loaders.cache import ShardCache

@@ -20,7 +20,8 @@ from cached_store import voxels as voxels  # a fixture
 from shard_cases import crc
 from small_store import SLAB
 
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.encode import encode_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import open_store
 from loaders import CorruptShardError, open_loader
 

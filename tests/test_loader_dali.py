@@ -118,6 +118,26 @@ def test_a_scan_that_is_too_large_for_its_slot_has_slots_enlarged(store, voxels,
     assert not timing.decoded_on_cpu
 
 
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_scans_too_large_for_their_slots_come_beside_bad_ones(store, voxels, monkeypatch):
+    monkeypatch.setattr("loaders.slots._LIKELY", 0.01)
+    monkeypatch.setattr("loaders.slots._ROUNDED", 16)
+    shard_path(store, 5).unlink()
+    with open_loader(store, backend="dali", batch_size=4, on_error="skip") as loader:
+        images = np.concatenate([batch.images for batch in loader])
+    voxels[5] = 0
+    np.testing.assert_array_equal(images, voxels)
+    assert list(loader.skipped) == [5]
+
+
+def test_more_bytes_than_offsets_can_count_are_refused(store, monkeypatch):
+    batch, _, _ = filled(store, [0, 1])
+    monkeypatch.setattr(dali_backend, "_MOST_BYTES", 2 * batch.memory.shape[1] - 1)
+    with pytest.raises(ValueError, match=r"2 scans has slots of \d+ bytes, at most \d+ can be inflated at once"):
+        inflate_arguments(batch, 2)
+    inflate_arguments(batch, 1)
+
+
 def test_slots_are_used_again_only_when_they_are_given_back(store):
     batch, ring, _ = filled(store, [0, 1])
     assert ring.take(2) is not batch

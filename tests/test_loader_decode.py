@@ -15,9 +15,10 @@ from shard_cases import ABSENT, NUMBERS, Shard, damages, outcome, output_of, pic
 from small_store import SHAPE, SLAB, make_store
 
 from ingest.decode import COMPILED
+from ingest.encode import encode_shard
 from ingest.grid import NATIVE_GRID
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_name, shard_path, write_shard
+from ingest.shard import shard_name, shard_path, write_shard
 from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
 from loaders import CorruptShardError, VolumeReader, open_loader
 from loaders.decode import Decoder

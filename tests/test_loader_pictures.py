@@ -16,9 +16,10 @@ import torch
 import zarr
 from small_store import SHAPE, SLAB, make_store
 
+from ingest.encode import encode_shard
 from ingest.grid import NATIVE_GRID
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, index_bytes, shard_path, write_shard
+from ingest.shard import index_bytes, shard_path, write_shard
 from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
 from loaders import Augmentation, CorruptShardError, View, VolumeReader, open_loader, slices_of
 from loaders.batches import BatchPool

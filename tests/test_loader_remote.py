@@ -20,11 +20,12 @@ from small_store import SHAPE, SLAB, make_store
 from torch.utils.data import DataLoader
 
 from ingest import places
+from ingest.encode import encode_shard
 from ingest.errors import ObjectStoreError
 from ingest.grid import NATIVE_GRID
 from ingest.places import as_place
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_name, shard_path, write_shard
+from ingest.shard import shard_name, shard_path, write_shard
 from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
 from loaders import CorruptShardError, SlowReadError, VolumeDataset, VolumeReader, fetch, open_loader
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 import zarr
 
+from ingest.encode import encode_shard
 from ingest.grid import NATIVE_GRID
 from ingest.scan import ScanRow
-from ingest.shard import encode_shard, shard_path, write_shard
+from ingest.shard import shard_path, write_shard
 from ingest.store import create_store, resize_store, set_attributes, write_scans
 from loaders import CorruptShardError, VolumeReader, open_loader
 from loaders.order import epoch_order

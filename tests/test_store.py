@@ -26,12 +26,13 @@ from reference import mni_picture, native_picture
 from ingest import IngestSettings, ingest, open_store
 from ingest.cli import main
 from ingest.decode import decode_shard, decode_shard_slowly
+from ingest.encode import encode_shard
 from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE
 from ingest.inspection import summarise_store
 from ingest.run import Space
 from ingest.scan import STATUSES
-from ingest.shard import encode_shard, index_bytes
+from ingest.shard import index_bytes
 from loaders.reader import VolumeReader
 
 MEMBER = "T1/T1_brain_to_MNI.nii.gz"
