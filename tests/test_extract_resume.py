@@ -117,12 +117,12 @@ def without_size(out: Path) -> None:
     del scans["source_size"], scans.attrs["columns"]
 
 
-def test_killed_before_every_ninth_step(killing, tmp_path):
+def test_killed_before_every_fifteenth_step(killing, tmp_path):
     server, store = killing
     assert server.run(store, tmp_path / "reference.zarr") == 0
     expected = content(tmp_path / "reference.zarr")
     died = 0
-    for step in range(1, 400, 9):
+    for step in range(1, 400, 15):
         folder = tmp_path / f"{step}"
         shutil.copytree(tmp_path / "reference.zarr", folder / "e.zarr")
         without_size(folder / "e.zarr")  # all is embedded anew

@@ -238,7 +238,7 @@ def test_decoders_agree_on_the_usual_grid(tmp_path, view, dtype):
     volume = rng.integers(0, 9, NATIVE_GRID.shape_zyx, dtype=np.uint8)
     volume[rng.random(volume.shape) < 0.7] = 0
     volume[:37] = 0
-    create_store(tmp_path / "s.zarr", [], NATIVE_GRID)
+    create_store(tmp_path / "s.zarr", [], NATIVE_GRID, slab=4)
     resize_store(tmp_path / "s.zarr", 1)
     write_shard(shard_path(tmp_path / "s.zarr", 0), encode_shard(volume, SLAB))
     write_scans(tmp_path / "s.zarr", [ScanRow("p", "", "T1", "p.nii.gz", status="ok")])

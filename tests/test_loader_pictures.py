@@ -44,7 +44,7 @@ def store(tmp_path_factory) -> VolumeStore:
 def large(tmp_path_factory) -> VolumeStore:
     """Return a store of two volumes of the usual size, which cannot be compressed: each slab has 123 KB."""
     path = tmp_path_factory.mktemp("pictures") / "large.zarr"
-    create_store(path, [], NATIVE_GRID)
+    create_store(path, [], NATIVE_GRID, slab=4)
     resize_store(path, 2)
     rng = np.random.default_rng(0)
     rows = []

@@ -60,7 +60,7 @@ def local(server, tmp_path_factory) -> Path:
 def large(server, tmp_path_factory) -> Path:
     """Return a store of volumes of the usual size, which lies at s3://stores/large.zarr too; a slab has 58 KB."""
     path = tmp_path_factory.mktemp("remote") / "large.zarr"
-    create_store(path, [], NATIVE_GRID)
+    create_store(path, [], NATIVE_GRID, slab=4)
     resize_store(path, LARGE)
     rng = np.random.default_rng(0)
     for row in range(LARGE):

@@ -28,7 +28,7 @@ BAD_ROW = 4
 def store(tmp_path_factory) -> Path:
     """Return a store of random volumes; row 4 holds none."""
     path = tmp_path_factory.mktemp("loaders") / "a.zarr"
-    create_store(path, [], NATIVE_GRID)
+    create_store(path, [], NATIVE_GRID, slab=4)
     resize_store(path, SCANS)
     rng = np.random.default_rng(0)
     rows = []
