@@ -76,7 +76,7 @@ def loaded_batches(
     timing: Timing,
     *,
     ahead: int,
-    group: int,
+    most_groups: int,
     skipped: dict[int, str] | None,
     blank: Callable[[Any, int], None],
 ) -> Generator[tuple[BatchPlan, Any]]:
@@ -90,8 +90,8 @@ def loaded_batches(
         Names a row in errors.
     ahead
         Batches under way while the consumer has one.
-    group
-        Scans that a thread loads one after the other.
+    most_groups
+        Of a batch, each of which a thread loads scan after scan.
     skipped
         None if a scan that cannot be had is an error; else the reasons are put there by row, and such scans are not
         valid in the plans that are yielded.
@@ -114,7 +114,8 @@ def loaded_batches(
             while len(running) < ahead and (plan := next(plans, None)) is not None:
                 batch = new_batch(len(plan.rows))
                 rows, places = plan.rows.tolist(), range(len(plan.rows))
-                parts = [slice(start, start + group) for start in range(0, len(rows), group)]
+                size = -(-len(rows) // most_groups)
+                parts = [slice(start, start + size) for start in range(0, len(rows), size)]
                 groups = BatchGroups([ScanGroup(rows[part], places[part], batch) for part in parts])
                 threads.submit(groups)
                 running.append((plan, batch, groups))

@@ -199,21 +199,22 @@ class Loader:
         ahead = 3 if self.device.type == "cuda" else 1 if busy and not self._inflates else 2
         # Groups enough for all threads, in the batches that are under way, and some more; of remote scans each is
         # waited for by itself
-        groups = -(-3 * self._threads.threads // (2 * ahead))
-        group = -(-self.sampling.batch_size // groups) if self._fetcher.compiled else 1
+        several = -(-3 * self._threads.threads // (2 * ahead))
+        most_groups = several if self._fetcher.compiled else self.sampling.batch_size
         if self._inflates:
             from loaders.dali_backend import inflated_on_gpu
 
             loaded = loaded_batches(
                 plans, self._threads, self._ring.take, self._describe, timing,
-                ahead=ahead, group=group, skipped=skipped, blank=self._ring.blank,
+                ahead=ahead, most_groups=most_groups, skipped=skipped, blank=self._ring.blank,
             )  # fmt: skip
             return inflated_on_gpu(
                 loaded, self._ring, self._decoder, output, epoch, timing,
                 batch_size=self.sampling.batch_size, device=self.device,
             )  # fmt: skip
         loaded = loaded_batches(
-            plans, self._threads, self._pool.take, self._describe, timing, ahead=ahead, group=group, skipped=skipped,
+            plans, self._threads, self._pool.take, self._describe, timing,
+            ahead=ahead, most_groups=most_groups, skipped=skipped,
             blank=lambda batch, place: batch[place].fill(self._decoder.table[0]),
         )  # fmt: skip
         if self.backend == "dali":
