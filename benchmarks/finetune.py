@@ -47,7 +47,7 @@ from finetune.training import StepDone, Training, train_epoch
 from ingest.store import DEFAULT_SLAB, VolumeStore, open_store, package_versions
 from loaders import Batch, Loader, open_loader
 from loaders.output import Output
-from loaders.views import plan_picture
+from loaders.views import as_images, each, plan_picture
 
 MEMORY, STORE, BEFOREHAND = "from memory", "from the store", "augmented beforehand"
 PLAIN, AUGMENTED = "", ", augmented"
@@ -276,7 +276,8 @@ def _first_batches(loader: Loader) -> list[Batch]:
     passing = iter(loader)
     taken = [batch for batch, _ in zip(passing, range(_KEPT), strict=False)]
     passing.close()
-    return [Batch(batch.images.clone(), batch.rows, batch.participant, batch.valid) for batch in taken]
+    kept = [as_images(tuple(one.clone() for one in each(batch.images))) for batch in taken]
+    return [Batch(images, one.rows, one.participant, one.valid) for images, one in zip(kept, taken, strict=True)]
 
 
 class Resident:
@@ -315,7 +316,7 @@ class Augmenting:
 
     def __init__(self, training: Training, store: VolumeStore) -> None:
         self.store, self.loader, self.batch = store, training.loader, training.steps.batch
-        self.view, self.slices = what_to_load(training.network.seen, store.grid.shape_zyx)
+        self.view, self.slices = what_to_load(training.network.seen, store.grid.shape_zyx, augmented=True)
         picture = plan_picture(store.grid.shape_zyx, store.slab, self.view, self.slices)
         augmentation = make_augmentation(training.settings, store.attrs["grid"]["space"])
         planes = what_to_augment(training.network.seen, store.grid.shape_zyx)
@@ -334,7 +335,9 @@ class Augmenting:
 
     def __call__(self, images: torch.Tensor, number: int) -> torch.Tensor:
         """Augment the batch of a number."""
-        return self.output.finish(images, 0, number * self.batch + np.arange(len(images)))
+        augmented = self.output.finish((images,), 0, number * self.batch + np.arange(len(images)))
+        assert isinstance(augmented, torch.Tensor)
+        return augmented
 
 
 def count_operations(training: Training, store: VolumeStore) -> float:
@@ -344,5 +347,5 @@ def count_operations(training: Training, store: VolumeStore) -> float:
     images = torch.empty((2, *picture.shape), device="meta")
     network = copy.deepcopy(training.network).to("meta")
     with FlopCounterMode(display=False) as counter:
-        network.features(images, cut=network.seen.cut).sum().backward()
+        network.features(as_images(picture.split(images)), cut=network.seen.cut).sum().backward()
     return counter.get_total_flops() / len(images)

@@ -37,7 +37,7 @@ from finetune.settings import FinetuneSettings, make_settings
 from finetune.steps import plan_steps
 from ingest import ingest
 from ingest.store import VolumeStore, open_store, package_versions
-from loaders.views import plan_picture
+from loaders.views import as_images, plan_picture
 
 REAL = "ds002748"
 MINUTES = 75.0
@@ -231,7 +231,8 @@ def measure_slices(settings: FinetuneSettings) -> float:
     view, slices = what_to_load(network.seen, SHAPE)
     network.to(memory_format=torch.channels_last).train()
     optimiser = make_optimiser(network, settings)
-    images = torch.rand((settings.batch_size, *plan_picture(SHAPE, 1, view, slices).shape))
+    picture = plan_picture(SHAPE, 1, view, slices)
+    images = as_images(picture.split(torch.rand((settings.batch_size, *picture.shape))))
     seconds: list[float] = []
     for _ in range(4):
         begun = time.perf_counter()

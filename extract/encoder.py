@@ -10,18 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from extract.fast import choose_precision, compile_network, exact_float32
 from extract.fold import fold_batch_norms, pool_before_relu
+from extract.fuse import fuse_blocks
 from extract.grey import collapse_to_grey
 from extract.inputs import as_crop, as_size, as_slices, pictures_of, resize, slices_to_load, target_size
 from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
 from extract.models import check_picture, family_of, make_network
 from extract.weights import Weights, find_checkpoint, load_weights, sha256_of_parameters
-from loaders.views import View
+from loaders.views import Images, View, each
 
 #: Of what lies between stored voxels and features: to be raised with every change after which the same settings give
 #: other features by more than rounding, for instance of cutting, resizing or normalising. Files of another one are not
@@ -86,7 +86,7 @@ class Encoder:
         return str(self.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor, *, cut: bool = False) -> torch.Tensor:
+    def __call__(self, images: Images, *, cut: bool = False) -> torch.Tensor:
         """Return the features of some scans.
 
         Parameters
@@ -95,7 +95,7 @@ class Encoder:
             uint8 (scan, z, y, x), RAS.
         cut
             They are slices already, (scan, slice, height, width), as `loaders.open_loader` cuts them: those that
-            `slices_to_load` names.
+            `slices_to_load` names. Of three planes they are a tuple.
 
         Returns
         -------
@@ -108,10 +108,10 @@ class Encoder:
         ValueError
             See `check`.
         """
-        images = images.to(self.device, non_blocking=True)
+        there = tuple(one.to(self.device, non_blocking=True) for one in each(images))
         rounds = self.device.type == "cuda" and self.dtype is torch.float32
         with exact_float32() if rounds else contextlib.nullcontext():
-            pictures = self._pictures(images, cut)
+            pictures = self._pictures(there if isinstance(images, tuple) else there[0], cut)
             if self.view is View.volume:
                 return self._features(pictures[0])
             features = [
@@ -119,8 +119,8 @@ class Encoder:
             ]
             return pool_slices(torch.cat(features, dim=1), self.layers, self.pooling)
 
-    def slices_to_load(self, shape_zyx: tuple[int, int, int]) -> np.ndarray:
-        """Return the indices (int64) of the slices that a loader is to cut of stored volumes; none if it gives volumes.
+    def slices_to_load(self, shape_zyx: tuple[int, int, int]) -> list[int] | list[list[int]]:
+        """Return the indices of the slices that a loader is to cut of stored volumes, see `extract.inputs`.
 
         Raises
         ------
@@ -146,7 +146,7 @@ class Encoder:
         pictures = self._pictures(torch.empty((1, *shape_zyx), dtype=torch.uint8, device="meta"), cut=False)
         return [target_size(picture.shape[2:], self.scale, self.size) for picture in pictures]
 
-    def _pictures(self, images: torch.Tensor, cut: bool) -> list[torch.Tensor]:
+    def _pictures(self, images: Images, cut: bool) -> list[torch.Tensor]:
         return pictures_of(images, self.view, self.slices, self.crop, cut=cut)
 
     def _features(self, grey: torch.Tensor) -> torch.Tensor:
@@ -286,6 +286,8 @@ def build_encoder(
         fold_batch_norms(network)
         pool_before_relu(network)
         collapse_to_grey(network, loaded.mean, loaded.std)
+        if chosen.type == "cuda" and dtype is not torch.float32 and not compiled:  # compilers fuse by themselves
+            fuse_blocks(network)
     planned = plan_layers(model, names, pooling, vectors_once=one_picture)
     given = "mean", "max" if family.vector else "mean"  # what the last layer's own output is, position by position
     if names != (family.last,) or pooling not in given:

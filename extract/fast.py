@@ -13,7 +13,7 @@ from torch import nn
 
 from extract.grey import GreyConvolution
 from ingest.memory import kept_memory
-from loaders.views import View
+from loaders.views import Images, Picture, as_images
 
 if TYPE_CHECKING:
     from extract.encoder import Encoder
@@ -121,39 +121,29 @@ def _why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-def choose_batch_size(encoder: Encoder, shape: tuple[int, int, int], *, cut: bool) -> int:
-    """Choose how many scans to encode at a time, see `scans_at_a_time`.
-
-    Parameters
-    ----------
-    shape
-        Of each scan.
-    cut
-        They are slices, see `extract.encoder.Encoder`.
-    """
+def choose_batch_size(encoder: Encoder, picture: Picture) -> int:
+    """Choose how many scans to encode at a time, see `scans_at_a_time`."""
     uncompiled = replace(encoder, compiled=None)  # nothing need be compiled for one scan
-    return scans_at_a_time(lambda scan: uncompiled(scan, cut=cut), encoder.device, encoder.view, shape)
+    return scans_at_a_time(lambda scan: uncompiled(scan, cut=bool(picture.planes)), encoder.device, picture)
 
 
-def scans_at_a_time(
-    run: Callable[[torch.Tensor], torch.Tensor], device: torch.device, view: View, shape: tuple[int, int, int]
-) -> int:
+def scans_at_a_time(run: Callable[[Images], torch.Tensor], device: torch.device, picture: Picture) -> int:
     """Choose how many scans a network is to see at a time: on a GPU by how much memory one takes, which is tried.
 
     Parameters
     ----------
     run
-        Computes what it gives for uint8 (scan, *shape), and keeps nothing for a gradient.
-    view
-        What it sees of a scan.
+        Computes what it gives for one scan, uint8, and keeps nothing for a gradient.
+    picture
+        What a loader gives of a scan.
     """
     if device.type != "cuda":
-        return CPU_VOLUMES if view is View.volume else CPU_SCANS
-    scan = torch.zeros((1, *shape), dtype=torch.uint8, device=device)
+        return CPU_SCANS if picture.planes else CPU_VOLUMES
+    scan = torch.zeros((1, *picture.shape), dtype=torch.uint8, device=device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run(scan)
+    run(as_images(picture.split(scan)))
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()  # what torch keeps for later is free, too

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from loaders.views import View, plan_picture, slices_of
+from loaders.views import Images, View, each, plan_picture, slices_of
 
 MOST_VOXELS = 1 << 27  # of one picture: 512 x 512 x 512 are more than any network here can work on
 
@@ -71,13 +71,18 @@ def as_size(size: int | Sequence[int] | None, axes: int) -> tuple[int, ...] | No
 
 def seen_slices(
     shape_zyx: tuple[int, int, int], view: View, slices: int, crop: tuple[int, int, int] | None
-) -> np.ndarray:
+) -> list[np.ndarray]:
     """Return the indices (int64) of the slices of a stored volume that a network sees: evenly spaced in the crop.
 
     Parameters
     ----------
     view
-        Of one plane.
+        Of slices.
+
+    Returns
+    -------
+    list of np.ndarray
+        Of each plane.
 
     Raises
     ------
@@ -85,8 +90,7 @@ def seen_slices(
         If the crop is larger than the volume, or has fewer slices.
     """
     starts = _starts(shape_zyx, crop)
-    picture = plan_picture(crop or shape_zyx, 1, view, slices)
-    return picture.positions + starts[picture.axis]
+    return [plane.positions + starts[plane.axis] for plane in plan_picture(crop or shape_zyx, 1, view, slices).planes]
 
 
 def crop_volumes(images: torch.Tensor, crop: tuple[int, int, int] | None) -> torch.Tensor:
@@ -114,8 +118,7 @@ def crop_pictures(pictures: torch.Tensor, view: View, crop: tuple[int, int, int]
     """
     if crop is None:
         return pictures
-    axis = plan_picture(crop, 1, view, 1).axis
-    height, width = (n for other, n in enumerate(crop) if other != axis)
+    _, height, width = plan_picture(crop, 1, view, 1).shape
     (down, rows), (left, columns) = _spans(tuple(pictures.shape[-2:]), (height, width))
     top = pictures.shape[-2] - down - rows
     return pictures[..., top : top + rows, left : left + columns]
@@ -129,47 +132,48 @@ def cut_slices(images: torch.Tensor, view: View, slices: int) -> list[torch.Tens
     ValueError
         If there are fewer.
     """
-    planes = (View.axial, View.coronal, View.sagittal) if view is View.triplanar else (view,)
-    for plane in planes:
-        z, y, x = images.shape[1:]
-        plan_picture((z, y, x), 1, plane, slices)
+    z, y, x = images.shape[1:]
+    plan_picture((z, y, x), 1, view, slices)
     return slices_of(images, view, slices)
 
 
 def slices_to_load(
     shape_zyx: tuple[int, int, int], view: View, slices: int, crop: tuple[int, int, int] | None
-) -> np.ndarray:
-    """Return the indices (int64) of the slices that a loader is to cut of stored volumes; none if it gives volumes.
+) -> list[int] | list[list[int]]:
+    """Return the indices of the slices that a loader is to cut of stored volumes, as `loaders.open_loader` takes them.
 
     Raises
     ------
     ValueError
         See `seen_slices`.
     """
-    if view in (View.volume, View.triplanar):
-        return np.empty(0, np.int64)
-    return seen_slices(shape_zyx, view, slices, crop)
+    if view is View.volume:
+        return []
+    planes = [positions.tolist() for positions in seen_slices(shape_zyx, view, slices, crop)]
+    return planes if view is View.triplanar else planes[0]
 
 
 def pictures_of(
-    images: torch.Tensor, view: View, slices: int, crop: tuple[int, int, int] | None, *, cut: bool
+    images: Images, view: View, slices: int, crop: tuple[int, int, int] | None, *, cut: bool
 ) -> list[torch.Tensor]:
     """Return what is seen of scans: per plane (scan, slice, height, width), or volumes (scan, 1, z, y, x).
 
     Parameters
     ----------
     images
-        (scan, z, y, x), RAS; or those slices that `slices_to_load` names, (scan, slice, height, width).
+        (scan, z, y, x), RAS; or those slices that `slices_to_load` names, (scan, slice, height, width), of three planes
+        a tuple.
     cut
-        They are slices already.
+        They are slices already, as a tuple is in any case.
 
     Raises
     ------
     ValueError
         If the crop is larger than they are, or there are fewer slices.
     """
-    if cut:
-        return [crop_pictures(images, view, crop)]
+    if cut or isinstance(images, tuple):
+        planes = [View.axial, View.coronal, View.sagittal] if view is View.triplanar else [view]
+        return [crop_pictures(one, plane, crop) for one, plane in zip(each(images), planes, strict=True)]
     images = crop_volumes(images, crop)
     return [images[:, None]] if view is View.volume else cut_slices(images, view, slices)
 

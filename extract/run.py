@@ -18,10 +18,10 @@ from extract.fast import choose_batch_size, memory_for, to_host
 from extract.timing import ComputeClock, Timing
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, package_versions
-from loaders import View, open_loader
+from loaders import open_loader
 from loaders.opening import choose_backend
 from loaders.select import select_rows
-from loaders.views import plan_picture
+from loaders.views import Images, plan_picture
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ def encode(
         skipped, unless it is so for all that a batch could read.
     """
     encoder.check(volumes.grid.shape_zyx)
-    view, slices = _what_to_load(volumes, encoder)
+    slices = encoder.slices_to_load(volumes.grid.shape_zyx)
     clock = ComputeClock(encoder.device, timing)
     begun = time.perf_counter()
     waiting: _Batch | None = None
     with ExitStack() as stack:
         stack.enter_context(memory_for(encoder.device))
         loader = stack.enter_context(open_loader(
-            volumes, rows=rows, view=view, slices=slices, batch_size=batch_size, backend=backend,
+            volumes, rows=rows, view=encoder.view, slices=slices, batch_size=batch_size, backend=backend,
             device=encoder.device, threads=threads, on_error=on_error, rank=0, world_size=1,
         ))  # fmt: skip
         batches = iter(loader)
@@ -140,8 +140,8 @@ def encode(
             if batch is None:
                 break
             images = batch.images
-            if encoder.compiled and len(images) < batch_size:  # the last ones: nothing is compiled anew for their sake
-                images = torch.cat([images, images.new_zeros((batch_size - len(images), *images.shape[1:]))])
+            if encoder.compiled and len(batch.rows) < batch_size:  # the last ones: for them nothing is compiled anew
+                images = _filled(images, batch_size)
             with clock.running():
                 features = encoder(images, cut=bool(slices))[: len(batch.rows)]
             reasons = {row: loader.skipped[row] for row in batch.rows[~batch.valid].tolist()}
@@ -155,6 +155,13 @@ def encode(
             yield _finish(waiting, encoder, timing, skip=on_error == "skip")
         clock.settle()
         timing.elapsed = time.perf_counter() - begun
+
+
+def _filled(images: Images, scans: int) -> Images:
+    """Return pictures of so many scans, the last of which are black."""
+    if isinstance(images, tuple):
+        return tuple(torch.cat([one, one.new_zeros((scans - len(one), *one.shape[1:]))]) for one in images)
+    return torch.cat([images, images.new_zeros((scans - len(images), *images.shape[1:]))])
 
 
 @dataclass(frozen=True)
@@ -185,12 +192,6 @@ def _finish(batch: _Batch, encoder: Encoder, timing: Timing, *, skip: bool) -> E
     return Encoded(batch.rows[there], features[there], skipped)
 
 
-def _what_to_load(volumes: VolumeStore, encoder: Encoder) -> tuple[View, list[int]]:
-    """Return view and slices of the loader: no more than the slices of one plane, or volumes and none."""
-    slices = encoder.slices_to_load(volumes.grid.shape_zyx).tolist()
-    return (encoder.view if slices else View.volume), slices
-
-
 def wanted_rows(volumes: VolumeStore, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """Return which scans to embed, int64; ValueError if there are none."""
     if rows is not None and not len(rows):
@@ -204,9 +205,9 @@ def wanted_rows(volumes: VolumeStore, rows: Sequence[int] | np.ndarray | None = 
 def fitting_batch_size(volumes: VolumeStore, encoder: Encoder, scans: int) -> int:
     """Return how many of some scans to encode at a time; ValueError if the encoder does not take such volumes."""
     encoder.check(volumes.grid.shape_zyx)
-    view, slices = _what_to_load(volumes, encoder)
-    picture = plan_picture(volumes.grid.shape_zyx, volumes.slab, view, slices)
-    return min(choose_batch_size(encoder, picture.shape, cut=bool(slices)), scans)
+    shape = volumes.grid.shape_zyx
+    picture = plan_picture(shape, volumes.slab, encoder.view, encoder.slices_to_load(shape))
+    return min(choose_batch_size(encoder, picture), scans)
 
 
 def scans_table(volumes: VolumeStore, rows: np.ndarray) -> pd.DataFrame:
@@ -220,7 +221,7 @@ def provenance(volumes: VolumeStore, encoder: Encoder, backend: str) -> dict[str
     """Return the attributes of embeddings."""
     return {
         **describe(encoder),
-        "backend": choose_backend(backend, encoder.device, _what_to_load(volumes, encoder)[0])[0],
+        "backend": choose_backend(backend, encoder.device, encoder.view)[0],
         "store": {
             "path": str(volumes.path.absolute()),
             "id": volumes.attrs["store_id"],

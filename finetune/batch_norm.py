@@ -17,6 +17,7 @@ from torch import nn
 
 from finetune.network import NORMS, ScanNetwork
 from loaders import Batch, Loader
+from loaders.views import as_images, each
 
 #: Scans that give the statistics: of their slices or voxels there are plenty.
 SCANS = 128
@@ -40,9 +41,10 @@ def read_scans(batch: Batch, least: int = 1) -> Batch | None:
     kept = np.flatnonzero(batch.valid)
     if len(kept) < least:
         return None
-    places = torch.from_numpy(kept).to(batch.images.device)  # not a mask, which would make a GPU be waited for
-    participant = [batch.participant[place] for place in kept]
-    return Batch(batch.images[places], batch.rows[kept], participant, batch.valid[kept])
+    pictures = each(batch.images)
+    places = torch.from_numpy(kept).to(pictures[0].device)  # not a mask, which would make a GPU be waited for
+    images = as_images(tuple(one[places] for one in pictures))
+    return Batch(images, batch.rows[kept], [batch.participant[place] for place in kept], batch.valid[kept])
 
 
 def update_statistics(network: ScanNetwork, loader: Loader, dtype: torch.dtype = torch.float32) -> None:
@@ -70,7 +72,7 @@ def update_statistics(network: ScanNetwork, loader: Loader, dtype: torch.dtype =
             if read is None and together:  # processes that wait for each other leave out none
                 read = batch
             if read is not None:
-                network.features(read.images.to(device), network.seen.cut)
+                network.features(read.images, network.seen.cut)
     network.train(was_training)
 
 

@@ -183,10 +183,11 @@ def build_training(
     network.to(memory_format=torch.channels_last_3d if network.seen.view is View.volume else torch.channels_last)
     network.freeze(settings.freeze_until, batch_norm=settings.batch_norm == "frozen")
     network.train()
-    view, slices = what_to_load(network.seen, store.grid.shape_zyx)
+    augmentation = make_augmentation(settings, store.attrs["grid"]["space"])
+    view, slices = what_to_load(network.seen, store.grid.shape_zyx, augmented=augmentation is not None)
     picture = plan_picture(store.grid.shape_zyx, store.slab, view, slices)
     rows = cohort.rows_of("train")
-    most = min(group.gather_all(settings.micro_batch or most_scans(network, picture.shape, dtype)))
+    most = min(group.gather_all(settings.micro_batch or most_scans(network, picture, dtype)))
     steps = plan_steps(len(rows), settings, most, group.size)
     least = fewest_scans(network, store.grid.shape_zyx)
     if group.size == 1 or device.type != "cuda":  # processes whose batch norms know of each other have more
@@ -200,7 +201,6 @@ def build_training(
             network.freeze(settings.freeze_until, batch_norm=settings.batch_norm == "frozen")
         wrapped = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     optimiser = make_optimiser(network, settings)
-    augmentation = make_augmentation(settings, store.attrs["grid"]["space"])
     planes = None if augmentation is None else what_to_augment(network.seen, store.grid.shape_zyx)
     loader = open_loader(
         store, rows=rows, view=view, slices=slices, batch_size=steps.micro, shuffle=True, seed=settings.seed,

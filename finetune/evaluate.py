@@ -57,19 +57,23 @@ class Outputs:
     skipped: dict[int, str] = field(default_factory=dict)
 
 
-def what_to_load(seen: Input, shape_zyx: tuple[int, int, int]) -> tuple[View, list[int]]:
-    """Return view and slices for a loader: the slices of one plane, or volumes and none."""
-    slices = slices_to_load(shape_zyx, seen.view, seen.slices, seen.crop).tolist()
-    return (seen.view if slices else View.volume), slices
+def what_to_load(
+    seen: Input, shape_zyx: tuple[int, int, int], *, augmented: bool = False
+) -> tuple[View, list[int] | list[list[int]]]:
+    """Return view and slices for a loader.
+
+    Parameters
+    ----------
+    augmented
+        Slices of three planes are cut out of volumes then, which move as a whole.
+    """
+    view = View.volume if augmented and seen.view is View.triplanar else seen.view
+    return view, slices_to_load(shape_zyx, view, seen.slices, seen.crop)
 
 
 def what_to_augment(seen: Input, shape_zyx: tuple[int, int, int]) -> list[np.ndarray] | None:
     """Return the slices along z, y and x that will be cut out of volumes; None where all that is loaded is seen."""
-    if seen.view is not View.triplanar:
-        return None
-    return [
-        seen_slices(shape_zyx, plane, seen.slices, seen.crop) for plane in (View.axial, View.coronal, View.sagittal)
-    ]
+    return seen_slices(shape_zyx, seen.view, seen.slices, seen.crop) if seen.view is View.triplanar else None
 
 
 def predict_rows(
@@ -123,7 +127,7 @@ def predict(
     try:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             for batch in loader:
-                outputs = network(batch.images.to(device), cut=cut)
+                outputs = network(batch.images, cut=cut)
                 rows.append(batch.rows[batch.valid])
                 # A mask makes a GPU be waited for, and hardly ever leaves out anything.
                 values.append(outputs if batch.valid.all() else outputs[torch.from_numpy(batch.valid).to(device)])

@@ -9,7 +9,7 @@ import torch
 from extract.fast import MOST_VOXELS
 from finetune.losses import scan_losses
 from finetune.network import ScanNetwork
-from loaders.views import View
+from loaders.views import Picture, View, as_images
 
 #: On a CPU more are no faster: the slices of a few scans, or two volumes, are much.
 CPU_SCANS, CPU_VOLUMES = 8, 2
@@ -17,15 +17,15 @@ MOST_SCANS = 64
 _SHARE = 0.8  # of what is free; allocators lose some between blocks
 
 
-def most_scans(network: ScanNetwork, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def most_scans(network: ScanNetwork, picture: Picture, dtype: torch.dtype) -> int:
     """Return how many scans to train on at a time: on a GPU by how much memory one takes, which is tried.
 
     Parameters
     ----------
     network
         On its device, in training mode; nothing of it is changed.
-    shape
-        Of each scan, as a loader gives it.
+    picture
+        What a loader gives of each scan.
     dtype
         Of what is computed.
     """
@@ -36,7 +36,8 @@ def most_scans(network: ScanNetwork, shape: tuple[int, ...], dtype: torch.dtype)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    images = torch.rand((2, *shape), device=device)  # two: batch norms want more than one
+    memory = torch.rand((2, *picture.shape), device=device)  # two: batch norms want more than one
+    images = as_images(picture.split(memory))
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         outputs = network(images, cut=network.seen.cut)
     losses = [
@@ -49,9 +50,9 @@ def most_scans(network: ScanNetwork, shape: tuple[int, ...], dtype: torch.dtype)
     taken = (torch.cuda.max_memory_allocated(device) - before) / 2
     for name, value in network.named_buffers():
         value.copy_(kept[name])
-    del images, outputs, losses, kept
+    del memory, images, outputs, losses, kept
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     optimiser = 2 * sum(p.numel() * p.element_size() for p in network.parameters())
-    most = min(MOST_SCANS, MOST_VOXELS // prod(shape))
+    most = min(MOST_SCANS, MOST_VOXELS // prod(picture.shape))
     return max(1, min(most, int(_SHARE * (free - optimiser) / max(1.0, taken))))

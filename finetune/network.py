@@ -18,7 +18,7 @@ from extract.inputs import pictures_of, resize, target_size
 from extract.models import FAMILIES, MODELS, family_of, make_network
 from finetune.heads import Head
 from finetune.planes import through
-from loaders.views import View
+from loaders.views import Images, View
 
 #: Those of torchvision's networks that are made of a stem and four stages.
 _TRAINED = ("torchvision.models.resnet", "torchvision.models.video.resnet")
@@ -54,7 +54,7 @@ class Input:
 
     @property
     def cut(self) -> bool:
-        """Whether a loader cuts the slices, which are of one plane."""
+        """Whether what a loader gives as one tensor are slices; those of three planes are three, or volumes."""
         return self.view not in (View.volume, View.triplanar)
 
 
@@ -112,7 +112,7 @@ class ScanNetwork(nn.Module):
             ends.append(ends[-1] + head.outputs)
         return [slice(start, end) for start, end in pairwise(ends)]
 
-    def forward(self, images: torch.Tensor, cut: bool = False) -> torch.Tensor:
+    def forward(self, images: Images, cut: bool = False) -> torch.Tensor:
         """Return the outputs of all heads, side by side.
 
         Parameters
@@ -120,7 +120,8 @@ class ScanNetwork(nn.Module):
         images
             (scan, z, y, x), RAS: uint8 as stored, or floats in [0, 1].
         cut
-            They are slices already, (scan, slice, height, width), of which `extract.inputs.slices_to_load` says which.
+            They are slices already, (scan, slice, height, width), of which `extract.inputs.slices_to_load` says which;
+            a tuple of three planes is so in any case.
 
         Returns
         -------
@@ -135,7 +136,7 @@ class ScanNetwork(nn.Module):
             pooled = self.dropout(features.float())
             return torch.cat([head(pooled) for head in self.heads], dim=1)
 
-    def features(self, images: torch.Tensor, cut: bool = False) -> torch.Tensor:
+    def features(self, images: Images, cut: bool = False) -> torch.Tensor:
         """Return the features of scans, (scan, feature), that the heads see."""
         pictures = pictures_of(images, self.seen.view, self.seen.slices, self.seen.crop, cut=cut)
         if self.seen.view is View.volume:

@@ -30,7 +30,7 @@ from finetune.split import PARTS, read_split
 from ingest.errors import StoreError
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
-from loaders.views import View, plan_picture
+from loaders.views import Images, View, plan_picture
 
 
 @dataclass(frozen=True)
@@ -232,12 +232,12 @@ def _fitting(network: ScanNetwork, volumes: VolumeStore, device: torch.device, d
     view, slices = what_to_load(network.seen, volumes.grid.shape_zyx)
     picture = plan_picture(volumes.grid.shape_zyx, volumes.slab, view, slices)
 
-    def run(scan: torch.Tensor) -> torch.Tensor:
+    def run(scan: Images) -> torch.Tensor:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             outputs: torch.Tensor = network(scan, cut=network.seen.cut)
             return outputs
 
-    return scans_at_a_time(run, device, network.seen.view, picture.shape)
+    return scans_at_a_time(run, device, picture)
 
 
 def _finite(outputs: Outputs, precision: str) -> Outputs:

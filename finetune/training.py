@@ -260,7 +260,7 @@ def _backward(training: Training, batch: Batch, divisors: torch.Tensor) -> torch
     labels = torch.from_numpy(training.cohort.labels[batch.rows]).to(device, non_blocking=True)
     weights = torch.from_numpy(training.cohort.weights[batch.rows] * batch.valid[:, None]).to(device, non_blocking=True)
     with torch.autocast(device.type, training.dtype, enabled=training.dtype is not torch.float32):
-        outputs = training.wrapped(batch.images.to(device, non_blocking=True), cut=network.seen.cut)
+        outputs = training.wrapped(batch.images, cut=network.seen.cut)
     losses = loss_sums(outputs, network.heads_info, network.head_slices, labels, weights) / divisors
     # Gradients are averaged over processes, whose losses are to be added.
     training.scaler.scale(losses.sum() * training.group.size).backward()

@@ -33,8 +33,8 @@ def profile(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that read and decode.", show_default="cores")
     ] = None,
-    view: Annotated[str, typer.Option(help="volume, axial, coronal or sagittal.")] = "volume",
-    slices: Annotated[int, typer.Option(min=1, help="Slices of each scan.")] = 3,
+    view: Annotated[str, typer.Option(help="volume, axial, coronal, sagittal or triplanar.")] = "volume",
+    slices: Annotated[int, typer.Option(min=1, help="Slices of each plane.")] = 3,
     dtype: Annotated[str, typer.Option(help="uint8, float32, float16 or bfloat16.")] = "uint8",
     backend: Annotated[str, typer.Option(help="auto, dali or torch.")] = "auto",
     device: Annotated[

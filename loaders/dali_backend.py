@@ -22,7 +22,7 @@ from loaders.output import Output
 from loaders.slots import SlotBatch, SlotRing
 from loaders.timing import Timing
 from loaders.torch_backend import finished_ahead
-from loaders.views import View, cut
+from loaders.views import Images, cut
 
 QUEUE_DEPTH = 2
 _CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def inflated_on_gpu(
     *,
     batch_size: int,
     device: torch.device,
-) -> Generator[tuple[BatchPlan, torch.Tensor]]:
+) -> Generator[tuple[BatchPlan, Images]]:
     """Copy compressed slabs to the GPU, inflate them there, and yield the batches.
 
     Raises
@@ -83,18 +83,19 @@ def inflated_on_gpu(
             yield plan, _as_torch(outputs[0]).view(len(plan.rows), slabs * planes, height, width)
             del outputs
 
-    def finish(plan: BatchPlan, slices: torch.Tensor) -> torch.Tensor:
-        images = output.finish(_cut(slices, decoder), epoch, plan.positions)
+    def finish(plan: BatchPlan, planes: torch.Tensor) -> Images:
+        images = output.finish(_cut(planes, decoder), epoch, plan.positions)
         # DALI writes to memory again when nobody refers to it, and knows nothing of what torch has put on a stream:
-        # the consumer gets memory of torch's own.
-        same = images.untyped_storage().data_ptr() == slices.untyped_storage().data_ptr()
-        return images.clone() if same else images
+        # the consumer gets memory of torch's own. Slices were copied when they were cut.
+        if isinstance(images, tuple) or images.untyped_storage().data_ptr() != planes.untyped_storage().data_ptr():
+            return images
+        return images.clone()
 
     if device.type == "cuda":
         yield from finished_ahead(inflated(), lambda there: there, finish, timing, device)
         return
-    for plan, slices in inflated():
-        yield plan, finish(plan, slices)
+    for plan, found in inflated():
+        yield plan, finish(plan, found)
 
 
 def _as_torch(batch: Any) -> torch.Tensor:
@@ -137,16 +138,16 @@ def inflate_arguments(batch: SlotBatch, scans: int, device: torch.device = _CPU)
     return content, (batch.offsets[:scans] + starts[:, np.newaxis]).reshape(-1), batch.sizes[:scans].reshape(-1)
 
 
-def _cut(images: torch.Tensor, decoder: Decoder) -> torch.Tensor:
-    """Cut slices out of the slabs that were inflated."""
-    picture = decoder.picture
-    if picture.view is View.volume:
-        return images
-    positions = picture.positions
-    if picture.axis == 0:  # of which not all planes are there
-        planes = decoder.slab_shape[0]
-        positions = np.searchsorted(picture.slabs, positions // planes) * planes + positions % planes
-    return cut(images, picture.axis, positions)
+def _cut(images: torch.Tensor, decoder: Decoder) -> tuple[torch.Tensor, ...]:
+    """Cut the slices of each plane out of the slabs that were inflated; volumes are what they are."""
+    slabs, depth = decoder.picture.slabs, decoder.slab_shape[0]
+    found = []
+    for plane in decoder.picture.planes:
+        positions = plane.positions
+        if plane.axis == 0:  # of which not all slabs may be there
+            positions = np.searchsorted(slabs, positions // depth) * depth + positions % depth
+        found.append(cut(images, plane.axis, positions))
+    return tuple(found) or (images,)
 
 
 def through_dali(
@@ -157,7 +158,7 @@ def through_dali(
     *,
     batch_size: int,
     threads: int,
-) -> Generator[tuple[BatchPlan, torch.Tensor]]:
+) -> Generator[tuple[BatchPlan, Images]]:
     """Pass decoded batches through a pipeline on the CPU."""
     # The pipeline reads our memory without a copy, and runs ahead by its queue: what is in flight must stay alive.
     plans: deque[tuple[BatchPlan, np.ndarray]] = deque()
@@ -166,20 +167,20 @@ def through_dali(
     def feed() -> np.ndarray:
         plan, array = next(batches)
         plans.append((plan, array))
-        return array[..., np.newaxis]
+        return array
 
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
     def volumes():  # type: ignore[no-untyped-def]  # DALI reads the body as a graph
-        return fn.external_source(source=feed, batch=True, no_copy=True, layout="DHWC", dtype=kind, ndim=4)
+        return fn.external_source(source=feed, batch=True, no_copy=True, dtype=kind, ndim=len(output.picture.shape))
 
     for outputs in _run(volumes()):
         plan, array = plans.popleft()
         started = time.perf_counter()
-        images = torch.from_dlpack(outputs[0].as_tensor()).squeeze(-1)
-        images = output.finish(images, epoch, plan.positions)
+        pictures = output.picture.split(torch.from_dlpack(outputs[0].as_tensor()))
+        images = output.finish(pictures, epoch, plan.positions)
         timing.augment += time.perf_counter() - started
         yield plan, images
-        del images, outputs, array
+        del images, pictures, outputs, array
 
 
 def _run(pipeline: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from loaders.augmentation import Augmentation
 from loaders.output import Output, torch_dtype
 from loaders.reader import VolumeReader
 from loaders.select import select_rows
-from loaders.views import plan_picture
+from loaders.views import Slices, plan_picture
 
 
 class Sample(NamedTuple):
@@ -25,14 +25,15 @@ class Sample(NamedTuple):
     Attributes
     ----------
     image
-        (z, y, x) or (slice, height, width), with an axis of channels before the last three or two if asked for.
+        Tensor (z, y, x) or (slice, height, width), with an axis of channels before the last three or two if asked for;
+        of the view ``triplanar`` a tuple of three.
     row
         Of the store.
     participant
         Whose it is.
     """
 
-    image: torch.Tensor
+    image: Any
     row: int
     participant: str
 
@@ -66,7 +67,7 @@ class VolumeDataset(Dataset[Sample]):
         where: str | None = None,
         known: Sequence[str] = (),
         view: str = "volume",
-        slices: int | Sequence[int] = 3,
+        slices: Slices = 3,
         dtype: str | torch.dtype = "uint8",
         mean: float = 0.0,
         std: float = 1.0,
@@ -98,7 +99,8 @@ class VolumeDataset(Dataset[Sample]):
             raise IndexError(f"items {list(indices)} were asked for, the dataset has {len(self)}")
         places = places % max(1, len(self))
         rows = self.rows[places]
-        images = self._output.finish(torch.from_numpy(self._open_reader().read(rows)), self.epoch, places)
+        found = self._output.finish(self._open_reader().read_pictures(rows), self.epoch, places)
+        images = zip(*found, strict=True) if isinstance(found, tuple) else found
         return [Sample(image, int(row), str(self._participants[row])) for image, row in zip(images, rows, strict=True)]
 
     def _open_reader(self) -> VolumeReader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 
 import numba
 import numpy as np
@@ -42,6 +43,16 @@ class Decoder:
     gain: float = 1.0
     bias: float = 0.0
 
+    @cached_property
+    def slices(self) -> np.ndarray:
+        """Of each slice its axis, its position along that, and where it starts in a picture: int64 (slice, 3)."""
+        found, start = [], 0
+        for plane in self.picture.planes:
+            size = plane.shape[1] * plane.shape[2]
+            found += [(plane.axis, at, start + number * size) for number, at in enumerate(plane.positions.tolist())]
+            start += len(plane.positions) * size
+        return np.array(found, np.int64).reshape(-1, 3)
+
     def decode(self, payload: Payload, out: np.ndarray) -> None:
         """Check the slabs of a scan and write its picture.
 
@@ -60,9 +71,9 @@ class Decoder:
             return
         slabs, scratch = self.picture.slabs, scratch_slab(self.slab_shape)
         content, index = payload.content, payload.index
-        if self.picture.axis >= 0:
+        if self.picture.planes:
             fault, number = decode_slices(
-                content, index, slabs, self.picture.axis, self.picture.positions, self.depth, scratch, self.table, out
+                content, index, slabs, self.slices, self.depth, scratch, self.table, out.reshape(-1)
             )
         elif self.table.dtype == np.uint8:
             fault, number = decode_all(content, index, out.reshape(len(slabs), -1))
@@ -82,10 +93,9 @@ class Decoder:
         self._decode_slabs_slowly(payload, wanted)
         voxels[self.picture.slabs] = wanted.reshape(-1, planes, height, width)
         pictures = voxels.reshape(self.depth, height, width)
-        if self.picture.axis >= 0:
-            pictures = np.moveaxis(pictures.take(self.picture.positions, self.picture.axis), self.picture.axis, 0)[
-                :, ::-1
-            ]
+        if self.picture.planes:
+            cut = [np.moveaxis(pictures.take(p.positions, p.axis), p.axis, 0)[:, ::-1] for p in self.picture.planes]
+            pictures = np.concatenate([slices.reshape(-1) for slices in cut]).reshape(self.picture.shape)
         out[...] = self.table[pictures]
 
     def _decode_slabs_slowly(self, payload: Payload, out: np.ndarray) -> None:
@@ -209,26 +219,29 @@ def _look_up(levels: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
 
 @numba.njit(cache=True, nogil=True)
 def decode_slices(
-    content: np.ndarray, index: np.ndarray, slabs: np.ndarray, axis: int, positions: np.ndarray, depth: int,
+    content: np.ndarray, index: np.ndarray, slabs: np.ndarray, slices: np.ndarray, depth: int,
     scratch: np.ndarray, table: np.ndarray, out: np.ndarray,
 ) -> tuple[int, int]:  # fmt: skip
-    """Decode slabs and write what they hold of slices across an axis to `out` (slice, height, width), upright."""
-    planes, rows, _ = scratch.shape
+    """Decode slabs and write what they hold of slices, see `Decoder.slices`, upright, to `out` (voxel)."""
+    planes, rows, columns = scratch.shape
     for number in range(len(index)):
         fault = _decode_slab(content, index, number, scratch.reshape(-1))
         if fault != OK:
             return fault, number
         first = slabs[number] * planes
-        for which in range(len(positions)):
-            at = positions[which]
+        for which in range(len(slices)):
+            axis, at, start = slices[which]
             if axis == 0:
                 if first <= at < first + planes:
                     for y in range(rows):
-                        _look_up(scratch[at - first, y], table, out[which, rows - 1 - y])
+                        to = start + (rows - 1 - y) * columns
+                        _look_up(scratch[at - first, y], table, out[to : to + columns])
             elif axis == 1:
                 for z in range(planes):
-                    _look_up(scratch[z, at], table, out[which, depth - 1 - first - z])
+                    to = start + (depth - 1 - first - z) * columns
+                    _look_up(scratch[z, at], table, out[to : to + columns])
             else:
                 for z in range(planes):
-                    _look_up(scratch[z, :, at], table, out[which, depth - 1 - first - z])
+                    to = start + (depth - 1 - first - z) * rows
+                    _look_up(scratch[z, :, at], table, out[to : to + rows])
     return OK, 0

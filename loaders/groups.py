@@ -104,9 +104,9 @@ def load_one_by_one(
 def _kernel(decoder: Decoder, batch: np.ndarray) -> tuple[Any, ...]:
     """Return the compiled function for what is wanted, and its last arguments."""
     picture, scratch = decoder.picture, scratch_slab(decoder.slab_shape)
-    if picture.axis >= 0:
-        how = (picture.slabs, picture.axis, picture.positions, decoder.depth, scratch, decoder.table)
-        return _load_slices, how, batch
+    if picture.planes:
+        how = (picture.slabs, decoder.slices, decoder.depth, scratch, decoder.table)
+        return _load_slices, how, batch.reshape(len(batch), -1)
     out = batch.reshape(len(batch), len(picture.slabs), -1)
     if batch.dtype == np.uint8:
         return _load_levels, out
@@ -178,7 +178,7 @@ def _load_slices(
     first: int, source: Source, progress: Progress, buffer: np.ndarray, index: np.ndarray, places: np.ndarray,
     how: tuple[Any, ...], out: np.ndarray,
 ) -> tuple[int, int]:  # fmt: skip
-    """Load scans as `_load_levels` does into `out` (scan, slice, height, width)."""
+    """Load scans as `_load_levels` does into `out` (scan, voxel), their slices."""
     for number in range(first, len(source.paths)):
         found = read_next(number, source, progress, buffer, index)
         if found < UNREADABLE:

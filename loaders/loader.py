@@ -22,6 +22,7 @@ from loaders.output import Output, make_decoder
 from loaders.slots import SlotRing, fills_slots
 from loaders.threads import ScanGroup, ScanThreads
 from loaders.timing import Timing
+from loaders.views import Images, each
 
 
 @dataclass  # not frozen: Lightning sets the fields when it moves a batch to a device
@@ -31,8 +32,8 @@ class Batch:
     Attributes
     ----------
     images
-        (scan, z, y, x), or (scan, slice, height, width); RAS. With channels (scan, channel, z, y, x), or
-        (scan, slice, channel, height, width).
+        Tensor (scan, z, y, x), or (scan, slice, height, width); RAS. With channels (scan, channel, z, y, x), or
+        (scan, slice, channel, height, width). Of the view ``triplanar`` a tuple of three: axial, coronal, sagittal.
     rows
         int64 (scan,), their rows in the store.
     participant
@@ -42,15 +43,17 @@ class Batch:
         (``on_error="skip"``), or the scan only fills up the last batch of a rank.
     """
 
-    images: torch.Tensor
+    images: Any
     rows: np.ndarray
     participant: list[str]
     valid: np.ndarray
 
     def __repr__(self) -> str:
         """Say how many scans of what kind; the voxels would fill a notebook."""
-        shape, dtype = " x ".join(map(str, self.images.shape)), str(self.images.dtype).removeprefix("torch.")
-        return f"Batch({int(self.valid.sum())} scans that count, images {shape} {dtype} on {self.images.device})"
+        shapes = " and ".join(" x ".join(map(str, images.shape)) for images in each(self.images))
+        first = each(self.images)[0]
+        kind = f"{str(first.dtype).removeprefix('torch.')} on {first.device}"
+        return f"Batch({int(self.valid.sum())} scans that count, images {shapes} {kind})"
 
 
 class Loader:
@@ -143,7 +146,7 @@ class Loader:
             for plan, images in batches:
                 timing.scans += int(plan.valid.sum())
                 timing.batches += 1
-                timing.bytes_out += images.numel() * images.element_size()
+                timing.bytes_out += sum(one.numel() * one.element_size() for one in each(images))
                 timing.elapsed = time.perf_counter() - begun
                 now = self._threads.totals()
                 timing.read, timing.decode = now[0] - before[0], now[1] - before[1]
@@ -191,7 +194,7 @@ class Loader:
         """Return a place in the passes, or the start of the next one if none of this loader's batches follows."""
         return (epoch + 1, 0) if position and self.sampling.is_done(position) else (epoch, position)
 
-    def _images(self, plans: Iterator[BatchPlan], epoch: int) -> Generator[tuple[BatchPlan, torch.Tensor]]:
+    def _images(self, plans: Iterator[BatchPlan], epoch: int) -> Generator[tuple[BatchPlan, Images]]:
         skipped = self.skipped if self._skip_errors else None
         timing, output = self.timing, self._output
         # Augmenting on the CPU takes longer than loading, and memory for a batch of its own. So does DALI.

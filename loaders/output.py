@@ -13,7 +13,7 @@ from ingest.store import VolumeStore
 from loaders.augment import augment, check_planes
 from loaders.augmentation import Augmentation
 from loaders.decode import Decoder
-from loaders.views import Picture, View
+from loaders.views import Images, Picture, View, as_images
 
 DTYPES = {
     "uint8": torch.uint8,
@@ -37,8 +37,8 @@ class Output:
     dtype
         uint8: grey levels as they are stored. Others: ``(stored / 255 - mean) / std``.
     channels
-        None: (scan, z, y, x) or (scan, slice, height, width). 1 or 3: an axis of so many channels, all the same, stands
-        before the last three or two.
+        None: (scan, z, y, x) or (scan, slice, height, width), of each plane. 1 or 3: an axis of so many channels, all
+        the same, stands before the last three or two.
     channels_last
         In torch's memory format of that name.
     augmentation
@@ -97,16 +97,21 @@ class Output:
             return _scaled(levels, *self.gain_and_bias(), torch.float32).numpy()
         return _scaled(levels, *self.gain_and_bias(), self.dtype).view(torch.uint16).numpy()
 
-    def finish(self, images: torch.Tensor, epoch: int, positions: np.ndarray) -> torch.Tensor:
+    def finish(self, pictures: tuple[torch.Tensor, ...], epoch: int, positions: np.ndarray) -> Images:
         """Turn decoded pictures into those of the batch, on the device where they are.
 
         Parameters
         ----------
-        images
-            (scan, ...), as `table` says.
+        pictures
+            Of each plane (scan, ...), as `table` says; see `loaders.views.Picture.split`.
         epoch, positions
             With the seed, what the augmentation of each scan depends on.
         """
+        views = [plane.view for plane in self.picture.planes] or [self.picture.view]
+        keys = np.stack([np.full_like(positions, self.seed), np.full_like(positions, epoch), positions], axis=1)
+        return as_images(tuple(self._finish(one, view, keys) for one, view in zip(pictures, views, strict=True)))
+
+    def _finish(self, images: torch.Tensor, view: View, keys: np.ndarray) -> torch.Tensor:
         if images.dtype is torch.uint16:
             images = images.view(self.dtype)
         if images.dtype is torch.uint8 and self.dtype is not torch.uint8:
@@ -115,8 +120,7 @@ class Output:
             dtype = torch.float32 if self.augmentation is not None else self.dtype
             images = _scaled(images, *self.gain_and_bias(), dtype)
         if self.augmentation is not None:
-            keys = np.stack([np.full_like(positions, self.seed), np.full_like(positions, epoch), positions], axis=1)
-            images = augment(images, self.augmentation, keys, view=str(self.picture.view), planes=self.planes)
+            images = augment(images, self.augmentation, keys, view=str(view), planes=self.planes)
             if (self.mean, self.std) != (0, 1):
                 images = images.sub_(self.mean).div_(self.std)
             images = images.to(self.dtype)

@@ -250,7 +250,7 @@ def _decode(
     return stages
 
 
-def _copy(stages: list[Stage], shape: tuple[int, int, int], backend: str, device: torch.device) -> Stage:
+def _copy(stages: list[Stage], shape: tuple[int, ...], backend: str, device: torch.device) -> Stage:
     """Measure the way to the GPU, of compressed bytes if it inflates, else of pictures."""
     read = stages[0]
     compressed = int(read.gigabytes_per_second * 1e9 / read.scans_per_second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from loaders.fetch import Buffer, ShardFetcher
 from loaders.layout import check_layout
 from loaders.output import Output, make_decoder
 from loaders.select import as_rows
-from loaders.views import plan_picture
+from loaders.views import Slices, as_images, plan_picture
 
 
 class VolumeReader:
@@ -40,7 +41,7 @@ class VolumeReader:
         store: str | Place | VolumeStore,
         *,
         view: str = "volume",
-        slices: int | Sequence[int] = 3,
+        slices: Slices = 3,
         output: Output | None = None,
     ) -> None:
         self.store = store if isinstance(store, VolumeStore) else open_store(store)
@@ -53,12 +54,14 @@ class VolumeReader:
         self._buffer = Buffer()
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(z, y, x) of every volume, or (slice, height, width)."""
+    def shape(self) -> tuple[int, ...]:
+        """(z, y, x) of every volume, or (slice, height, width); of the view ``triplanar`` (voxel,) of all slices."""
         return self.picture.shape
 
-    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Any:
         """Return pictures as an array (scan, z, y, x) or (scan, slice, height, width), uint8 or as `output` says.
+
+        Of the view ``triplanar`` they are a tuple of three arrays.
 
         Parameters
         ----------
@@ -74,14 +77,18 @@ class VolumeReader:
         CorruptShardError
             If a shard is damaged or missing.
         """
+        return as_images(tuple(one.numpy() for one in self.read_pictures(rows)))
+
+    def read_pictures(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return the pictures of each plane as tensors; see `read`."""
         wanted = as_rows(self.store, rows)
-        out = np.empty((len(wanted), *self.shape), self._decoder.table.dtype)
+        out = np.empty((len(wanted), *self.picture.shape), self._decoder.table.dtype)
         for row, picture in zip(wanted.tolist(), out, strict=True):
             try:
                 self._decoder.decode(self._fetcher.fetch(row, self._buffer), picture)
             except (OSError, ValueError) as error:
                 raise as_shard_error(error, describe_scan(self.store, row)) from error
-        return out
+        return self.picture.split(torch.from_numpy(out))
 
     def __enter__(self) -> VolumeReader:
         return self

@@ -13,17 +13,19 @@ import torch
 from loaders.order import BatchPlan
 from loaders.output import Output
 from loaders.timing import GpuStopwatch, Timing
+from loaders.views import Images, each
 
 
 def on_cpu(
     batches: Iterator[tuple[BatchPlan, np.ndarray]], output: Output, epoch: int, timing: Timing
-) -> Generator[tuple[BatchPlan, torch.Tensor]]:
+) -> Generator[tuple[BatchPlan, Images]]:
     """Yield batches that stay in the memory of the host."""
     for plan, array in batches:
-        images = torch.from_numpy(array)
+        pictures = output.picture.split(torch.from_numpy(array))
         del array
         started = time.perf_counter()
-        images = output.finish(images, epoch, plan.positions)
+        images = output.finish(pictures, epoch, plan.positions)
+        del pictures
         timing.augment += time.perf_counter() - started
         yield plan, images
         del images  # else this frame would hold memory that the consumer has let go of
@@ -31,7 +33,7 @@ def on_cpu(
 
 def on_gpu(
     batches: Iterator[tuple[BatchPlan, np.ndarray]], output: Output, epoch: int, timing: Timing, device: torch.device
-) -> Generator[tuple[BatchPlan, torch.Tensor]]:
+) -> Generator[tuple[BatchPlan, Images]]:
     """Yield batches on a GPU.
 
     Parameters
@@ -42,7 +44,7 @@ def on_gpu(
     yield from finished_ahead(
         batches,
         lambda array: torch.from_numpy(array).to(device, non_blocking=True),
-        lambda plan, images: output.finish(images, epoch, plan.positions),
+        lambda plan, images: output.finish(output.picture.split(images), epoch, plan.positions),
         timing,
         device,
     )
@@ -51,10 +53,10 @@ def on_gpu(
 def finished_ahead(
     batches: Iterator[tuple[BatchPlan, Any]],
     bring: Callable[[Any], torch.Tensor],
-    finish: Callable[[BatchPlan, torch.Tensor], torch.Tensor],
+    finish: Callable[[BatchPlan, torch.Tensor], Images],
     timing: Timing,
     device: torch.device,
-) -> Generator[tuple[BatchPlan, torch.Tensor]]:
+) -> Generator[tuple[BatchPlan, Images]]:
     """Finish batches on a GPU. While the consumer works on one, the next is finished, on a stream of its own.
 
     Parameters
@@ -65,7 +67,7 @@ def finished_ahead(
     """
     stream = torch.cuda.Stream(device)
     copies, augments = GpuStopwatch(), GpuStopwatch()
-    ready: deque[tuple[BatchPlan, torch.Tensor, torch.cuda.Event]] = deque()
+    ready: deque[tuple[BatchPlan, Images, torch.cuda.Event]] = deque()
     # A GPU reads memory after this code has gone on.
     in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
 
@@ -73,9 +75,9 @@ def finished_ahead(
         with torch.cuda.stream(stream):
             done = torch.cuda.Event()
             with copies.running():
-                images = bring(source)
+                brought = bring(source)
             with augments.running():
-                images = finish(plan, images)
+                images = finish(plan, brought)
             done.record()
         in_use.append((done, source))
         ready.append((plan, images, done))
@@ -86,11 +88,12 @@ def finished_ahead(
         timing.copy += copies.seconds()
         timing.augment += augments.seconds()
 
-    def hand_over() -> tuple[BatchPlan, torch.Tensor]:
+    def hand_over() -> tuple[BatchPlan, Images]:
         plan, images, done = ready.popleft()
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
-        images.record_stream(current)  # its memory was made on the other stream
+        for pictures in each(images):
+            pictures.record_stream(current)  # their memory was made on the other stream
         return plan, images
 
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,36 @@ class View(StrEnum):
 
 _AXES = {View.axial: 0, View.coronal: 1, View.sagittal: 2}  # of (z, y, x), across the slices
 
+#: How many, which ones, or which ones of each of three planes.
+Slices = int | Sequence[int] | Sequence[Sequence[int]]
+
+#: What a loader gives of a batch: pictures, or those of each plane.
+Images = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Slices across one axis of a volume.
+
+    Attributes
+    ----------
+    view
+        Of one plane.
+    positions
+        int64, the slices along their axis.
+    shape
+        (slice, height, width).
+    """
+
+    view: View
+    positions: np.ndarray
+    shape: tuple[int, int, int]
+
+    @property
+    def axis(self) -> int:
+        """The axis of (z, y, x) across the slices."""
+        return _AXES[self.view]
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -30,28 +62,43 @@ class Picture:
     Attributes
     ----------
     view
-        Not `View.triplanar`, whose slices have three shapes: take volumes, and `slices_of`.
-    positions
-        int64, the slices along their axis; none for volumes.
+        Whose slices these are.
+    planes
+        One, or the three of `View.triplanar`; none for volumes.
     shape
-        (z, y, x), or (slice, height, width).
+        In memory: (z, y, x), (slice, height, width), or (voxel,) of three planes, one after another.
     slabs
         int64, in ascending order: the slabs of a shard that hold all this.
     """
 
     view: View
-    positions: np.ndarray
-    shape: tuple[int, int, int]
+    planes: tuple[Plane, ...]
+    shape: tuple[int, ...]
     slabs: np.ndarray
 
-    @property
-    def axis(self) -> int:
-        """The axis of (z, y, x) across the slices; -1 for volumes."""
-        return _AXES.get(self.view, -1)
+    def split(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what is in memory, (scan, *shape), as the pictures of each plane, without a copy."""
+        if len(self.planes) < 2:
+            return (images,)
+        flat = images.split([prod(plane.shape) for plane in self.planes], dim=1)
+        return tuple(part.unflatten(1, plane.shape) for part, plane in zip(flat, self.planes, strict=True))
+
+
+def each(images: Images) -> tuple[torch.Tensor, ...]:
+    """Return pictures as those of each plane, of which there may be one."""
+    return images if isinstance(images, tuple) else (images,)
+
+
+def as_images(pictures: tuple[Any, ...]) -> Any:
+    """Return the pictures of each plane as a loader gives them."""
+    return pictures if len(pictures) > 1 else pictures[0]
 
 
 def plan_picture(
-    shape_zyx: tuple[int, int, int], slab: int, view: str = "volume", slices: int | Sequence[int] = 3
+    shape_zyx: tuple[int, int, int],
+    slab: int,
+    view: str = "volume",
+    slices: Slices = 3,
 ) -> Picture:
     """Work out what must be read for a view.
 
@@ -62,40 +109,48 @@ def plan_picture(
     slab
         Planes per slab.
     slices
-        How many, evenly spaced, or which ones; volumes have none.
+        How many of each plane, evenly spaced, or which ones (``triplanar``: of each plane); volumes have none.
 
     Raises
     ------
     ValueError
-        For an unknown view, ``triplanar``, or slices that are not there.
+        For an unknown view, or slices that are not there.
     """
-    names = [str(known) for known in View if known is not View.triplanar]
+    names = [str(known) for known in View]
     if view not in names:
-        hint = "; load volumes and cut them with loaders.slices_of" if view == View.triplanar else ""
-        raise ValueError(f"view is {view!r}, expected one of {', '.join(names)}{hint}")
+        raise ValueError(f"view is {view!r}, expected one of {', '.join(names)}")
     all_slabs = np.arange(shape_zyx[0] // slab)
     if view == View.volume:
-        return Picture(View.volume, np.empty(0, np.int64), shape_zyx, all_slabs)
-    chosen = View(view)
-    axis = _AXES[chosen]
+        return Picture(View.volume, (), shape_zyx, all_slabs)
+    if view != View.triplanar:
+        plane = _plan_plane(shape_zyx, View(view), slices)
+        slabs = np.unique(plane.positions // slab) if plane.axis == 0 else all_slabs
+        return Picture(plane.view, (plane,), plane.shape, slabs)
+    wanted: list[Any] = list(slices) if isinstance(slices, Sequence | np.ndarray) else [np.array(slices)] * len(_AXES)
+    if len(wanted) != len(_AXES) or not all(isinstance(one, Sequence | np.ndarray) for one in wanted):
+        expected = "a number, or the positions of axial, of coronal and of sagittal ones"
+        raise ValueError(f"slices is {slices!r}, expected {expected}")
+    planes = tuple(_plan_plane(shape_zyx, one, some) for one, some in zip(_AXES, wanted, strict=True))
+    return Picture(View.triplanar, planes, (sum(prod(plane.shape) for plane in planes),), all_slabs)
+
+
+def _plan_plane(shape_zyx: tuple[int, int, int], view: View, slices: Any) -> Plane:
+    axis = _AXES[view]
     length = shape_zyx[axis]
     given = np.asarray(slices)
     if given.size and not np.issubdtype(given.dtype, np.integer):
         raise ValueError(f"slices is {slices!r}, expected a whole number, or several")
     if given.ndim == 0:
-        slices = int(given)
-        if not 1 <= slices <= length:
-            raise ValueError(f"slices is {slices}, expected 1 to {length} in the view {chosen}")
-        positions = slice_positions(length, slices)
+        number = int(given)
+        if not 1 <= number <= length:
+            raise ValueError(f"slices is {number}, expected 1 to {length} in the view {view}")
+        positions = slice_positions(length, number)
     else:
         positions = given.astype(np.int64).reshape(-1)
         if not len(positions) or positions.min() < 0 or positions.max() >= length:
-            raise ValueError(
-                f"slices are {given.tolist()}, expected numbers from 0 to {length - 1} in the view {chosen}"
-            )
+            raise ValueError(f"slices are {given.tolist()}, expected numbers from 0 to {length - 1} in the view {view}")
     height, width = (n for other, n in enumerate(shape_zyx) if other != axis)
-    slabs = np.unique(positions // slab) if axis == 0 else all_slabs
-    return Picture(chosen, positions, (len(positions), height, width), slabs)
+    return Plane(view, positions, (len(positions), height, width))
 
 
 def slice_positions(length: int, slices: int) -> np.ndarray:

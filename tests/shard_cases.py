@@ -88,10 +88,14 @@ def shards(draw: st.DrawFn) -> Shard:
 def pictures(draw: st.DrawFn, shard: Shard) -> Picture:
     slabs, planes, height, width = shard.voxels.shape
     shape = (slabs * planes, height, width)
-    view = draw(st.sampled_from(["volume", "axial", "axial", "coronal", "sagittal"]))
-    length = {"axial": shape[0], "coronal": height, "sagittal": width}.get(view, 1)
-    positions = draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=5))
-    return plan_picture(shape, planes, view, positions)
+    view = draw(st.sampled_from(["volume", "axial", "axial", "coronal", "sagittal", "triplanar"]))
+    along = dict(zip(("axial", "coronal", "sagittal"), shape, strict=True))
+    wanted = [
+        draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=5))
+        for plane, length in along.items()
+        if view in (plane, "triplanar")
+    ]
+    return plan_picture(shape, planes, view, wanted if view == "triplanar" else (wanted or [3])[0])
 
 
 @st.composite
@@ -173,9 +177,11 @@ def read_plainly(content: bytes, shape: tuple[int, ...], picture: Picture) -> np
 
 
 def picture_of(volume: np.ndarray, picture: Picture) -> np.ndarray:
-    if picture.axis < 0:
+    """Return what is in memory of a scan."""
+    if not picture.planes:
         return volume
-    return np.stack([volume.take(at, axis=picture.axis)[::-1] for at in picture.positions])
+    slices = [volume.take(at, axis=plane.axis)[::-1] for plane in picture.planes for at in plane.positions]
+    return np.concatenate([one.reshape(-1) for one in slices]).reshape(picture.shape)
 
 
 def outcome(make: Callable[[], np.ndarray]) -> np.ndarray | str:

@@ -18,12 +18,13 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
-from extract import build_encoder, extract, fast, open_embeddings
+from extract import build_encoder, extract, fast, open_embeddings, run
 from extract.fast import batch_size_for, choose_batch_size, choose_precision, compile_network, exact_float32
 from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import GreyConvolution, collapse_to_grey
 from extract.weights import load_weights
-from loaders import View
+from loaders import View, open_loader
+from loaders.views import plan_picture
 
 CPU = torch.device("cpu")
 SIZES = {resnet18: [(61, 47), (32, 33), (3, 20), (1, 1)], r3d_18: [(9, 21, 18), (8, 16, 15), (1, 3, 2)]}
@@ -291,13 +292,19 @@ def test_features_that_overflow_are_refused(tmp_path):
         extract(tmp_path / "s.zarr", encoder)
 
 
-def test_views_of_one_plane_are_cut_by_the_loader(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("view", "crop"), [("coronal", None), ("triplanar", None), ("triplanar", (9, 10, 7))])
+def test_slices_are_cut_by_the_loader(tmp_path, monkeypatch, view, crop):
     voxels = make_store(tmp_path / "s.zarr", 3)
-    given = []
-    encoder = build_encoder(weights="random", view=View.coronal, slices=2, device="cpu")
+    given, loaded = [], []
+    encoder = build_encoder(weights="random", view=View(view), slices=2, crop=crop, device="cpu")
     monkeypatch.setattr(type(encoder), "_features", noting(type(encoder)._features, given))
+    monkeypatch.setattr(
+        run, "open_loader", lambda *given, **options: loaded.append(options) or open_loader(*given, **options)
+    )
     found = extract(tmp_path / "s.zarr", encoder)
-    assert given == [(6, 1, SHAPE[0], SHAPE[2])]
+    assert loaded[0]["view"] == view
+    z, y, x = crop or SHAPE
+    assert given == ([(6, 1, z, x)] if view == "coronal" else [(6, 1, y, x), (6, 1, z, x), (6, 1, z, y)])
     np.testing.assert_allclose(found.features, encoder(torch.from_numpy(voxels)).numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="slices is 99"):
         extract(tmp_path / "s.zarr", build_encoder(weights="random", view=View.coronal, slices=99, device="cpu"))
@@ -321,9 +328,9 @@ def test_as_many_scans_as_go_into_memory(free, per_scan, expected):
 
 def test_a_cpu_takes_few_scans():
     encoder = build_encoder(weights="random", device="cpu")
-    assert choose_batch_size(encoder, SHAPE, cut=False) == fast.CPU_SCANS
+    assert choose_batch_size(encoder, plan_picture(SHAPE, 1, "triplanar")) == fast.CPU_SCANS
     encoder = build_encoder("r3d_18", weights="random", device="cpu")
-    assert choose_batch_size(encoder, SHAPE, cut=False) == fast.CPU_VOLUMES
+    assert choose_batch_size(encoder, plan_picture(SHAPE, 1)) == fast.CPU_VOLUMES
 
 
 @pytest.mark.parametrize(("free", "expected"), [(1 << 30, 7), (1 << 40, 27), (1 << 20, 1)])
@@ -341,7 +348,7 @@ def test_one_scan_is_tried_on_a_gpu(monkeypatch, free, expected):
     monkeypatch.setattr(torch, "zeros", lambda size, dtype, **_: zeros(size, dtype=dtype))
     encoder = replace(encoder, device=torch.device("cuda"), compiled=lambda _: pytest.fail("compiled"))
     monkeypatch.setattr(type(encoder), "__call__", lambda self, scan, **_: tried.append((self.compiled, scan.shape)))
-    assert choose_batch_size(encoder, shape, cut=False) == expected
+    assert choose_batch_size(encoder, plan_picture(shape, 1)) == expected
     assert tried == [(None, (1, *shape))]
 
 
@@ -370,7 +377,7 @@ def test_a_cuda_graph_gives_the_same(tmp_path, layers):
 def test_the_batch_fills_the_memory_of_a_gpu_and_no_more():
     encoder = build_encoder("r3d_18", weights="random", device="cuda")
     shape = (160, 192, 160)
-    batch_size = choose_batch_size(encoder, shape, cut=False)
+    batch_size = choose_batch_size(encoder, plan_picture(shape, 1))
     assert 1 <= batch_size <= fast.MOST_SCANS
     volumes = torch.randint(0, 256, (1, *shape), dtype=torch.uint8, device="cuda")
     alone = encoder(volumes)

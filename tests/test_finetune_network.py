@@ -16,7 +16,7 @@ from extract.inputs import pictures_of, slices_to_load
 from finetune.build import build_network, check_volumes
 from finetune.evaluate import what_to_augment
 from finetune.network import GatedAttention, ScanNetwork
-from loaders.views import View, cut
+from loaders.views import View, as_images, cut, plan_picture
 
 
 def test_a_new_network_says_of_anybody_what_is_known_of_all():
@@ -125,18 +125,18 @@ def test_attention_is_a_weighted_mean_of_slices_in_any_order():
 
 
 @pytest.mark.parametrize("changes", [{}, {"crop": "2,20,18", "scale": 0.5}, {"size": "10,30"}])
-@pytest.mark.parametrize("view", ["axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("view", ["axial", "coronal", "sagittal", "triplanar"])
 def test_slices_that_the_loader_cuts_are_those_of_volumes(view, changes):
     settings = tiny_settings(view=view, slices=2, dropout=0, **changes)
     network = build_network(settings, [SEX], NO_WEIGHTS).eval()
     images = volumes()
-    positions = slices_to_load(SHAPE, View(view), 2, settings.crop)
-    pictures = cut(images, ["axial", "coronal", "sagittal"].index(view), positions)
+    planes = plan_picture(SHAPE, 1, view, slices_to_load(SHAPE, View(view), 2, settings.crop)).planes
+    pictures = as_images(tuple(cut(images, plane.axis, plane.positions) for plane in planes))
     with torch.inference_mode():
         whole = network(images)
         torch.testing.assert_close(network(pictures, cut=True), whole)
         torch.testing.assert_close(network(images.float() / 255), whole)
-    assert network.seen.cut
+    assert network.seen.cut == (view != "triplanar"), "of three planes there may be volumes, too"
 
 
 def test_a_network_sees_what_torchvision_would():

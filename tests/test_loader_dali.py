@@ -24,7 +24,7 @@ from loaders.output import Output, make_decoder
 from loaders.slots import SlotBatch, SlotRing, fills_slots
 from loaders.threads import ScanGroup
 from loaders.timing import Timing
-from loaders.views import plan_picture
+from loaders.views import each, plan_picture
 
 SCANS = 11
 ABSENT = 2**64 - 1
@@ -210,7 +210,7 @@ def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(loader, "_inflates", lambda backend, _: backend == "dali")
 
 
-@pytest.mark.parametrize("view", ["volume", "axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("view", ["volume", "axial", "coronal", "sagittal", "triplanar"])
 @pytest.mark.parametrize("dtype", ["uint8", "float16"])
 @pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_the_whole_way_gives_what_the_cpu_gives(store, view, dtype):
@@ -230,8 +230,9 @@ def test_the_whole_way_gives_what_the_cpu_gives(store, view, dtype):
             batches = list(there)  # all held at once: none may be overwritten by a later one
             for batch, expected in zip(batches, here, strict=True):
                 assert batch.rows.tolist() == expected.rows.tolist()
-                assert batch.images.dtype == expected.images.dtype
-                assert torch.equal(batch.images, expected.images)
+                for one, same in zip(each(batch.images), each(expected.images), strict=True):
+                    assert one.dtype == same.dtype
+                    assert torch.equal(one, same)
     assert there.timing.decoded_on_cpu == 0
     tails = SCANS * index_bytes(SHAPE[0] // SLAB) if view != "axial" else 0  # of whole shards, which are not kept
     assert there.timing.bytes_read == here.timing.bytes_read - tails
@@ -279,7 +280,7 @@ def test_too_many_slabs_for_nvcomp_are_refused(store):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("view", ["volume", "axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("view", ["volume", "axial", "coronal", "sagittal", "triplanar"])
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "bfloat16"])
 def test_a_gpu_gives_the_pixels_of_the_cpu(store, view, dtype):
     settings: dict[str, Any] = {"batch_size": 4, "shuffle": True, "view": view, "dtype": dtype}
@@ -290,7 +291,7 @@ def test_a_gpu_gives_the_pixels_of_the_cpu(store, view, dtype):
     ):
         for _ in range(3):
             for one, two, expected in zip(list(inflated), list(copied), here, strict=True):
-                assert one.images.is_cuda
-                assert two.images.is_cuda
-                assert torch.equal(one.images.cpu(), expected.images)
-                assert torch.equal(two.images.cpu(), expected.images)
+                for images in (one.images, two.images):
+                    for found, same in zip(each(images), each(expected.images), strict=True):
+                        assert found.is_cuda
+                        assert torch.equal(found.cpu(), same)

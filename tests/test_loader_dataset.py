@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 from ingest.shard import shard_path
 from ingest.store import open_store, write_phenotypes
 from loaders import Augmentation, Batch, CorruptShardError, Loader, VolumeDataset, open_loader
+from loaders.views import each
 
 SCANS = 13
 BAD = (4,)
@@ -94,14 +95,17 @@ def test_a_batch_is_fetched_at_once(path, voxels):
     np.testing.assert_array_equal(kept.numpy(), voxels[0])  # not overwritten by what was read later
 
 
-@pytest.mark.parametrize("options", [{"view": "axial", "slices": [9, 6]}, {"view": "coronal", "slices": 2}, {}])
+@pytest.mark.parametrize(
+    "options", [{"view": "axial", "slices": [9, 6]}, {"view": "coronal", "slices": 2}, {}, {"view": "triplanar"}]
+)
 @pytest.mark.parametrize("more", [{}, {"dtype": "float32", "mean": 0.3, "std": 0.2}, {"channels": 3}])
 def test_pictures_are_those_of_a_loader(path, options, more):
     dataset = VolumeDataset(path, **options, **more)
     with open_loader(path, batch_size=len(OK), backend="torch", **options, **more) as loader:
         (batch,) = loader
-    for item, image in enumerate(batch.images):
-        assert torch.equal(dataset[item].image, image)
+    for item in range(len(OK)):
+        for one, images in zip(each(dataset[item].image), each(batch.images), strict=True):
+            assert torch.equal(one, images[item])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where there is one core

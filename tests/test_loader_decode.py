@@ -28,7 +28,7 @@ from loaders.output import Output, make_decoder
 from loaders.slots import SlotRing, fills_slots
 from loaders.threads import ScanGroup
 from loaders.timing import Timing
-from loaders.views import Picture, plan_picture
+from loaders.views import Picture, each, plan_picture
 
 CPU = torch.device("cpu")
 BACKENDS = ["torch", "dali"]
@@ -189,7 +189,7 @@ def test_a_payload_of_any_numbers_is_an_error_or_decoded_alike(data, shard, numb
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("view", ["volume", "axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("view", ["volume", "axial", "coronal", "sagittal", "triplanar"])
 def test_shards_that_zarr_wrote_without_empty_slabs_are_read(tmp_path, backend, view):
     path = tmp_path / "s.zarr"
     voxels = make_store(path, 4)
@@ -206,11 +206,13 @@ def test_shards_that_zarr_wrote_without_empty_slabs_are_read(tmp_path, backend, 
     assert (index[1:] == ABSENT).all()
     assert index[0, 1] < 1000
     dtype = "uint8" if view != "coronal" else "float32"
-    with open_loader(path, view=view, slices=[7, 0, 3], batch_size=4, backend=backend, dtype=dtype) as loader:
+    slices = [[7, 0, 3]] * 3 if view == "triplanar" else [7, 0, 3]
+    with open_loader(path, view=view, slices=slices, batch_size=4, backend=backend, dtype=dtype) as loader:
         (batch,) = loader
-    picture = plan_picture(SHAPE, SLAB, view, [7, 0, 3])
+    picture = plan_picture(SHAPE, SLAB, view, slices)
     expected = np.stack([picture_of(volume, picture) for volume in voxels])
-    np.testing.assert_allclose(batch.images.numpy(), expected / (1 if dtype == "uint8" else 255), rtol=1e-6)
+    found = np.concatenate([images.flatten(1).numpy() for images in each(batch.images)], axis=1)
+    np.testing.assert_allclose(found, expected.reshape(4, -1) / (1 if dtype == "uint8" else 255), rtol=1e-6)
     np.testing.assert_array_equal(VolumeReader(path).read(range(4)), voxels)
     with VolumeReader(path, view="axial", slices=[8, 11]) as reader:  # none of whose slabs there are
         np.testing.assert_array_equal(reader.read([3, 1]), np.zeros((2, 2, *SHAPE[1:]), np.uint8))
@@ -232,7 +234,7 @@ def test_no_shard_of_ours_is_taken_for_too_large(tmp_path, length):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "float16"])
-@pytest.mark.parametrize("view", ["volume", "axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("view", ["volume", "axial", "coronal", "sagittal", "triplanar"])
 def test_decoders_agree_on_the_usual_grid(tmp_path, view, dtype):
     rng = np.random.default_rng(3)
     volume = rng.integers(0, 9, NATIVE_GRID.shape_zyx, dtype=np.uint8)
@@ -243,7 +245,7 @@ def test_decoders_agree_on_the_usual_grid(tmp_path, view, dtype):
     write_shard(shard_path(tmp_path / "s.zarr", 0), encode_shard(volume, SLAB))
     write_scans(tmp_path / "s.zarr", [ScanRow("p", "", "T1", "p.nii.gz", status="ok")])
     store = open_store(tmp_path / "s.zarr")
-    picture = plan_picture(volume.shape, SLAB, view, [159, 1, 77])
+    picture = plan_picture(volume.shape, SLAB, view, 4 if view == "triplanar" else [159, 1, 77])
     decoder = make_decoder(store, output_of(picture, dtype), CPU)
     payload = ShardFetcher(store, picture.slabs).fetch(0, Buffer())
     slowly = np.empty(picture.shape, decoder.table.dtype)
@@ -256,11 +258,12 @@ def test_without_compiled_code_the_loader_gives_the_same(tmp_path, monkeypatch):
     voxels = make_store(tmp_path / "s.zarr", 3)
     monkeypatch.setattr("loaders.decode.COMPILED", False)
     monkeypatch.setattr("loaders.fetch.COMPILED", False)
-    for view in ("volume", "axial", "coronal", "sagittal"):
+    for view in ("volume", "axial", "coronal", "sagittal", "triplanar"):
         picture = plan_picture(SHAPE, SLAB, view)
         with open_loader(tmp_path / "s.zarr", view=view, batch_size=3) as loader:
             (batch,) = loader
-        np.testing.assert_array_equal(batch.images, np.stack([picture_of(volume, picture) for volume in voxels]))
+        found = np.concatenate([images.flatten(1) for images in each(batch.images)], axis=1)
+        np.testing.assert_array_equal(found, np.stack([picture_of(volume, picture).reshape(-1) for volume in voxels]))
     path = shard_path(tmp_path / "s.zarr", 1)
     content = bytearray(path.read_bytes())
     content[10] ^= 1

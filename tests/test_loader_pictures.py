@@ -23,11 +23,11 @@ from ingest.shard import index_bytes, shard_path, write_shard
 from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
 from loaders import Augmentation, CorruptShardError, View, VolumeReader, open_loader, slices_of
 from loaders.batches import BatchPool
-from loaders.views import plan_picture
+from loaders.views import each, plan_picture
 
 SCANS = 5
 BACKENDS = ["torch", "dali"]
-VIEWS = ["volume", "axial", "coronal", "sagittal"]
+VIEWS = ["volume", "axial", "coronal", "sagittal", "triplanar"]
 AXES = {"axial": 0, "coronal": 1, "sagittal": 2}
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative error of one rounding
@@ -65,6 +65,15 @@ def evenly(length: int, count: int) -> list[int]:
     return [round((length - 1) * (number + 1) / (count + 1)) for number in range(count)]
 
 
+def planes_of(volumes: np.ndarray, view: str, slices: Any) -> list[np.ndarray]:
+    """Cut (scan, z, y, x) into what a loader gives: the slices of each plane, or one of them, or nothing."""
+    if view != "triplanar":
+        return [upright(volumes, view, slices)]
+    return [
+        upright(volumes, plane, slices if isinstance(slices, int) else slices[axis]) for plane, axis in AXES.items()
+    ]
+
+
 def upright(volumes: np.ndarray, view: str, slices: int | Sequence[int]) -> np.ndarray:
     """Cut (scan, z, y, x) as `loaders.slices_of` says: the front of the head, or its top, is up."""
     if view == "volume":
@@ -75,9 +84,11 @@ def upright(volumes: np.ndarray, view: str, slices: int | Sequence[int]) -> np.n
     return np.stack(picked, axis=1)
 
 
-def choices_of_slices(view: str) -> list[int | list[int]]:
+def choices_of_slices(view: str) -> list[Any]:
     if view == "volume":
         return [3]
+    if view == "triplanar":
+        return [3, 1, [[15, 0], [11, 2, 5, 2, 2, 0], [7]]]
     last = SHAPE[AXES[view]] - 1
     return [3, 1, last + 1, [0, last], [last, 2, 5, 2, 2, 0]]
 
@@ -127,9 +138,10 @@ def test_every_picture_equals_numpy(store, backend, dtype, view):
         with open_loader(store, rows=rows, batch_size=2, backend=backend, threads=2, **settings) as loader:
             batches = list(loader)
         assert [batch.rows.tolist() for batch in batches] == [[4, 0], [3]]
-        levels = upright(volumes, view, slices)
-        assert_is(batches[0].images, levels[:2], settings)
-        assert_is(batches[1].images, levels[2:], settings)
+        for number, levels in enumerate(planes_of(volumes, view, slices)):
+            assert_is(each(batches[0].images)[number], levels[:2], settings)
+            assert_is(each(batches[1].images)[number], levels[2:], settings)
+        assert len(each(batches[0].images)) == (3 if view == "triplanar" else 1)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -137,9 +149,12 @@ def test_a_reader_gives_the_same_pictures(store, view):
     volumes = volumes_by_zarr(store, range(SCANS))
     for slices in choices_of_slices(view):
         with VolumeReader(store, view=view, slices=slices) as reader:
-            assert reader.shape == upright(volumes, view, slices).shape[1:]
             for rows in ([3, 3, 1], [0], []):
-                np.testing.assert_array_equal(reader.read(rows), upright(volumes[rows], view, slices))
+                expected = planes_of(volumes[rows], view, slices)
+                for found, levels in zip(each(reader.read(rows)), expected, strict=True):
+                    np.testing.assert_array_equal(found, levels)
+            voxels = sum(levels[0].size for levels in planes_of(volumes, view, slices))
+            assert reader.shape == ((voxels,) if view == "triplanar" else expected[0].shape[1:])
 
 
 @pytest.mark.parametrize("view", ["axial", "coronal", "sagittal"])
@@ -151,6 +166,8 @@ def test_slices_of_volumes_are_the_loaders_slices(store, view):
         volumes, slices = next(iter(whole)).images, next(iter(cut)).images
     (found,) = slices_of(volumes, View(view), 4)
     assert torch.equal(found, slices)
+    with open_loader(store, batch_size=SCANS, view="triplanar", slices=4) as three:
+        assert torch.equal(next(iter(three)).images[AXES[view]], slices)
     assert torch.equal(slices_of(volumes, View.triplanar, 4)[AXES[view]], slices)
     np.testing.assert_array_equal(slices.numpy(), upright(volumes.numpy(), view, 4))
 
@@ -164,6 +181,7 @@ def test_slices_of_volumes_are_the_loaders_slices(store, view):
         {"view": "axial", "dtype": "float16", "slices": [159, 0, 80, 80], "channels": 3, "channels_last": True},
         {"view": "coronal", "dtype": "float32", "slices": 2, "channels": None},
         {"view": "sagittal", "dtype": "uint8", "slices": 160, "channels": 3},
+        {"view": "triplanar", "dtype": "bfloat16", "channels": 3, "channels_last": True},
     ],
     ids=lambda settings: f"{settings['view']}-{settings['dtype']}",
 )
@@ -173,15 +191,21 @@ def test_volumes_of_the_usual_size(large, backend, settings):
         settings |= {"mean": 0.4, "std": 0.3}
     with open_loader(large, rows=[1], backend=backend, threads=2, **settings) as loader:
         (batch,) = loader
-    levels = upright(volumes_by_zarr(large, [1]), settings["view"], settings["slices"])
-    assert_is(batch.images, levels, settings)
+    expected = planes_of(volumes_by_zarr(large, [1]), settings["view"], settings["slices"])
+    for images, levels in zip(each(batch.images), expected, strict=True):
+        assert_is(images, levels, settings)
 
 
 @pytest.mark.parametrize(
     ("view", "slices", "message"),
     [
-        ("triplanar", 3, "view is 'triplanar', expected one of axial, coronal, sagittal, volume; load volumes and cut"),
-        ("oblique", 3, "view is 'oblique', expected one of axial, coronal, sagittal, volume$"),
+        ("oblique", 3, "view is 'oblique', expected one of axial, coronal, sagittal, triplanar, volume$"),
+        ("triplanar", 9, "slices is 9, expected 1 to 8 in the view sagittal"),
+        ("triplanar", [1, 2, 3], "expected a number, or the positions of axial, of coronal and of sagittal ones"),
+        ("triplanar", [[1], [2]], "expected a number, or the positions of axial"),
+        ("triplanar", [[1], [12], [0]], r"slices are \[12\], expected numbers from 0 to 11 in the view coronal"),
+        ("triplanar", [[1], [1], []], r"slices are \[\], expected numbers from 0 to 7 in the view sagittal"),
+        ("triplanar", 2.0, "slices is "),
         ("axial", 0, "slices is 0, expected 1 to 16 in the view axial"),
         ("axial", -1, "slices is -1"),
         ("axial", 17, "slices is 17, expected 1 to 16"),
@@ -207,7 +231,10 @@ def test_slices_that_are_not_there_are_refused(store, view, slices, message):
 
 def test_a_count_may_be_of_any_integer_type():
     for count in (3, np.int64(3), np.uint8(3)):
-        assert plan_picture(SHAPE, SLAB, "axial", count).positions.tolist() == evenly(16, 3)  # type: ignore[arg-type]
+        (plane,) = plan_picture(SHAPE, SLAB, "axial", count).planes  # type: ignore[arg-type]
+        assert plane.positions.tolist() == evenly(16, 3)
+        three = plan_picture(SHAPE, SLAB, "triplanar", count).planes  # type: ignore[arg-type]
+        assert [plane.positions.tolist() for plane in three] == [evenly(length, 3) for length in SHAPE]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +350,7 @@ def test_axial_slices_read_only_their_slabs(large, backend, slices):
     np.testing.assert_array_equal(batch.images.numpy(), upright(volumes_by_zarr(large, [0, 1]), "axial", slices))
 
 
-@pytest.mark.parametrize("view", ["volume", "coronal", "sagittal"])
+@pytest.mark.parametrize("view", ["volume", "coronal", "sagittal", "triplanar"])
 def test_all_else_reads_whole_shards_once(large, view):
     assert isinstance(large.path, Path)
     with open_loader(large, view=view, threads=2) as loader:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sampled_store import OK, SCANS, visited
 from sampled_store import path as path  # a fixture
 from sampled_store import store as store  # a fixture
@@ -13,6 +16,7 @@ from small_store import make_store
 
 from ingest.store import open_store, write_phenotypes
 from loaders import Augmentation, VolumeReader, open_loader
+from loaders.opening import choose_backend
 from loaders.select import balancing_weights, select_rows, strata_of
 
 
@@ -207,7 +211,7 @@ def test_stratified_batches_have_each_sex_in_proportion(store):
         ({"backend": "numpy"}, "backend 'numpy' is unknown, expected one of auto, dali, torch"),
         ({"device": "meta"}, "device is 'meta', expected cpu, cuda, or cuda:N"),
         ({"device": "gpu"}, "device is 'gpu', expected cpu, cuda, or cuda:N"),
-        ({"view": "triplanar"}, "load volumes and cut them with loaders.slices_of"),
+        ({"view": "all"}, "view is 'all', expected one of axial, coronal, sagittal, triplanar, volume"),
         ({"dtype": "float64"}, "dtype is float64, expected one of uint8, float32"),
         ({"augmentation": Augmentation()}, "uint8 pictures are not augmented"),
         ({"mean": 0.5}, "uint8 pictures are not normalised"),
@@ -217,6 +221,22 @@ def test_stratified_batches_have_each_sex_in_proportion(store):
 def test_settings_that_cannot_be_are_refused(store, arguments, message):
     with pytest.raises(ValueError, match=message):
         open_loader(store, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("view", "cores", "backend"),
+    [
+        ("volume", 64, "dali"), ("axial", 2, "torch"), ("coronal", 64, "dali"), ("triplanar", 8, "dali"),
+        ("triplanar", 16, "torch"),
+    ],
+)  # fmt: skip
+def test_who_decodes_for_a_gpu_depends_on_the_view_and_the_cores(monkeypatch, view, cores, backend):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert choose_backend("auto", None, view) == (backend, torch.device("cuda", 0))
+    assert choose_backend("auto", "cpu", view) == ("torch", torch.device("cpu"))
+    assert choose_backend("dali", None, view)[0] == "dali"
 
 
 def test_a_store_without_phenotypes_says_so(tmp_path):
