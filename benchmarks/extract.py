@@ -42,10 +42,12 @@ from extract import Encoder, build_encoder, extract
 from extract.fast import memory_for
 from ingest.store import DEFAULT_SLAB, VolumeStore, open_store, package_versions
 from loaders import View, VolumeReader, slices_of
+from loaders.views import as_images
 
 LOOP = "MONAI and plain torchvision"
 PLAIN, CHANNELS_LAST, OURS, EXTRACT = "plain", "plain, channels-last", "folded, grey", "extract"
 TUNED = "plain, its best batch"
+SLICES = "folded, grey, of slices"  # ready-made ones, where cutting volumes takes a GPU some time
 HALF = "folded, grey, bfloat16"  # on a CPU that multiplies such numbers; a GPU does everything in them
 _LOOPED = 16  # scans that the plain loop gets before it is measured
 _RESIDENT = 1024  # scans in memory, over and over
@@ -72,7 +74,7 @@ class Case:
 #: By device. What starts with a run is nothing in one of tens of thousands of scans, and should be little here.
 CASES = {
     "cpu": (Case("resnet18", 1.0, 8, 40, 40, 40), Case("r3d_18", 0.5, 2, 4, 4, 4)),
-    "cuda": (Case("resnet18", 1.0, 64, 8192, 256, 40_000, 1), Case("r3d_18", 1.0, 16, 64, 128, 512, 1)),
+    "cuda": (Case("resnet18", 1.0, 256, 8192, 256, 40_000, 1), Case("r3d_18", 1.0, 16, 256, 128, 512, 1)),
 }
 
 
@@ -153,10 +155,12 @@ def run_extract(
             (OURS, CHANNELS_LAST),
             (HALF, PLAIN),
             (EXTRACT, OURS),
+            (EXTRACT, SLICES),
             (EXTRACT, LOOP),
         ):
             if name in middle and of in middle:
-                what = "extract/fed from memory" if (name, of) == (EXTRACT, OURS) else f"{name}/{of}"
+                fed = {OURS: "extract/fed from memory", SLICES: "extract/fed slices from memory"}
+                what = fed[of] if name == EXTRACT and of in fed else f"{name}/{of}"
                 ratios[f"{case.model}: {what}"] = round(middle[name] / middle[of], 3)
         for name in (EXTRACT, LOOP):
             if name in middle:
@@ -207,6 +211,8 @@ def _measure(case: Case, source: Source, turns: int, device: str, on_turn: Calla
         ways = {PLAIN: theirs, TUNED: theirs, CHANNELS_LAST: theirs, OURS: ours, EXTRACT: ours, LOOP: theirs}
         if device != "cpu":  # whose time is dear: on an H100 they made 2,890 and 1,260 scans/s, and plain 2,890
             del ways[TUNED], ways[CHANNELS_LAST]
+            if case.model == "resnet18":
+                ways[SLICES] = ours
         if half:
             ways[HALF] = ours
         expected: np.ndarray | None = None
@@ -221,7 +227,7 @@ def _measure(case: Case, source: Source, turns: int, device: str, on_turn: Calla
             except Exception as error:
                 failures[f"{case.model}, {name}"] = failure(error)
                 del ways[name]
-        operations = ours.submit(_operations, str(source.store.path), source.rows).result()
+        operations = ours.submit(_operations, case, str(source.store.path), source.rows).result()
         peaks = {name: pool.submit(_peak, name).result() for name, pool in ways.items()}
         measured = _Measured(speeds, {name: sizes[name] for name in ways}, operations, peaks, failures)
         for turn in range(turns):
@@ -281,7 +287,8 @@ def _begin(
         return torch.from_numpy(extract(store, encoder, rows=np.resize(rows, scans), batch_size=size).features)
 
     def fed(size: int, scans: int) -> torch.Tensor:
-        batches = islice(cycle(images.split(size)), -(-scans // size))
+        split = zip(*(one.split(size) for one in resident), strict=True)
+        batches = islice(cycle(map(as_images, split)), -(-scans // size))
         with nullcontext() if plain else memory_for(encoder.device):
             return torch.cat([encode(batch) for batch in batches]).cpu()
 
@@ -297,8 +304,9 @@ def _begin(
         name, (timed(fed), case.in_memory)
     )
     if name not in (LOOP, EXTRACT):
-        with VolumeReader(opened) as reader:
-            images = torch.from_numpy(reader.read(rows[: min(scans, _RESIDENT)])).to(encoder.device)
+        view = encoder.view if name == SLICES else View.volume
+        with VolumeReader(opened, view=view) as reader:
+            resident = [one.to(encoder.device) for one in reader.read_pictures(rows[: min(scans, _RESIDENT)])]
     _ways[name] = lambda size: way(size, scans)
     batch_size = case.batch
     some, _ = way(batch_size, min(batch_size, _LOOPED) if name == LOOP else batch_size)  # also warms up
@@ -309,12 +317,13 @@ def _begin(
     return some.numpy(), batch_size
 
 
-def _operations(store: str, rows: np.ndarray) -> float:
-    """Return the floating-point operations of a scan in our network."""
+def _operations(case: Case, store: str, rows: np.ndarray) -> float:
+    """Return the floating-point operations of a scan in our network, on a CPU: torch knows no fused kernels' ones."""
+    encoder = build_encoder(case.model, weights="random", scale=case.scale, device="cpu")
     with VolumeReader(open_store(store)) as reader:
         scan = torch.from_numpy(reader.read(rows[:1]))
     with FlopCounterMode(display=False) as counter:
-        _encoders[OURS](scan)
+        encoder(scan)
     return counter.get_total_flops()
 
 

@@ -143,14 +143,15 @@ def convolve_by_products(grey: torch.Tensor, convolution: nn.Conv2d | nn.Conv3d)
     first, *along = padded.stride()
     shape = (*results, *kernel[:-1], kernel[-1] + spare)
     strides = [n * s for n, s in zip(along, step, strict=True)] + [n * s for n, s in zip(along, dilation, strict=True)]
-    weight = nn.functional.pad(convolution.weight[:, 0], (0, spare)).flatten(1).t()
-    bias = grey.new_zeros(len(convolution.weight)) if convolution.bias is None else convolution.bias
-    out = grey.new_empty((len(grey), *results, len(bias)))
+    weight = nn.functional.pad(convolution.weight[:, 0], (0, spare)).flatten(1)
+    found = []
     some = max(1, _MOST_VALUES // prod(shape))
-    for items, target in zip(padded.split(some), out.split(some), strict=True):
-        laid_out = items.as_strided((len(items), *shape), (first, *strides), items.storage_offset())
-        torch.addmm(bias, laid_out.reshape(-1, len(weight)), weight, out=target.view(-1, target.shape[-1]))
-    return out.movedim(-1, 1)
+    for start in range(0, len(grey), some):
+        items = min(some, len(grey) - start)
+        laid_out = padded.as_strided((items, *shape), (first, *strides), start * first)
+        products = nn.functional.linear(laid_out.reshape(-1, weight.shape[1]), weight, convolution.bias)
+        found.append(products.view(items, *results, -1))
+    return (torch.cat(found) if len(found) > 1 else found[0]).movedim(-1, 1)
 
 
 def collapse_to_grey(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -178,6 +178,10 @@ def test_extract_over_scans_that_are_made_up(tmp_path, monkeypatch):
     assert {f"resnet18, {way}" for way in ways} <= {result.name for result in report.results}
     assert {"resnet18: extract/fed from memory", f"resnet18: extract/{extract.LOOP}"} <= set(report.ratios)
 
+    store, files = extract.make_data(tmp_path / "again", 2)
+    given = (case, str(store.path), store.ok_rows, files, "cpu")
+    (whole, _), (cut, _) = (extract._begin(way, *given) for way in (extract.OURS, extract.SLICES))
+    np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(extract, "_measure", lambda *_: [][0])
     report = extract.run_extract(tmp_path, cases=[case])
     assert "IndexError" in report.settings["failures"]["resnet18"], "and the report is there"

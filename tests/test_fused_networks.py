@@ -75,6 +75,21 @@ def test_products_of_matrices_give_what_a_convolution_gives(convolution, size, a
     assert found.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("at_once", [1 << 28, 1])
+@torch.inference_mode()
+def test_a_compiler_takes_the_whole_stem(at_once, monkeypatch):
+    """A graph that is broken in two is no CUDA graph."""
+    monkeypatch.setattr(grey, "_MOST_VALUES", at_once)
+    convolution = nn.Conv2d(1, 8, 7, 2, 3)
+
+    def product(pictures: torch.Tensor) -> torch.Tensor:
+        return convolve_by_products(pictures, convolution)
+
+    pictures = grey_levels((21, 18)).float()
+    compiled = torch.compile(product, fullgraph=True, backend="eager", dynamic=False)
+    assert_close(compiled(pictures), convolution(pictures))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["resnet50", "resnext50_32x4d", "mc3_18", "r2plus1d_18"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
