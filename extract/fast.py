@@ -70,7 +70,7 @@ def to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None
         return values, None
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    there = torch.cuda.Event()
+    there = torch.cuda.Event(blocking=True)  # who waits for it sleeps: threads that load have use for the core
     there.record(torch.cuda.current_stream(values.device))
     return host, there
 

@@ -20,6 +20,7 @@ from loaders.timing import Timing
 logger = logging.getLogger("loaders")
 
 _TORCH_TYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
+_MOST_IN_GROUP = 16  # scans; of larger groups all threads would long be at work before the first batch is there
 _KEPT = 3  # batches whose memory is kept: one in use, one that is ready, one that is being filled
 
 
@@ -91,7 +92,7 @@ def loaded_batches(
     ahead
         Batches under way while the consumer has one.
     most_groups
-        Of a batch, each of which a thread loads scan after scan.
+        Of a batch, each of which a thread loads scan after scan; more if those were large.
     skipped
         None if a scan that cannot be had is an error; else the reasons are put there by row, and such scans are not
         valid in the plans that are yielded.
@@ -114,7 +115,7 @@ def loaded_batches(
             while len(running) < ahead and (plan := next(plans, None)) is not None:
                 batch = new_batch(len(plan.rows))
                 rows, places = plan.rows.tolist(), range(len(plan.rows))
-                size = -(-len(rows) // most_groups)
+                size = min(-(-len(rows) // most_groups), _MOST_IN_GROUP)
                 parts = [slice(start, start + size) for start in range(0, len(rows), size)]
                 groups = BatchGroups([ScanGroup(rows[part], places[part], batch) for part in parts])
                 threads.submit(groups)

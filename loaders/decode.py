@@ -213,8 +213,12 @@ def decode_by_table(
 
 @numba.njit(cache=True, nogil=True)
 def _look_up(levels: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
-    for x in range(len(levels)):
-        out[x] = table[levels[x]]
+    if table.itemsize == 1:  # bytes stay what they are
+        for x in range(np.uint64(len(levels))):  # unsigned: an index that cannot count from the end allows vectors
+            out[x] = levels[x]
+    else:
+        for x in range(np.uint64(len(levels))):
+            out[x] = table[levels[x]]
 
 
 @numba.njit(cache=True, nogil=True)
