@@ -9,6 +9,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ import extract.probing.cli
 import finetune.cli
 import ingest.cli
 import loaders.cli
+from extract import open_embeddings, write_embeddings
 from finetune.export import export_run
 from loaders import VolumeReader
 
@@ -76,11 +78,31 @@ def test_the_python_runs(tour, monkeypatch):
 
 def test_the_python_of_the_page_about_loading_runs(tour, monkeypatch):
     monkeypatch.chdir(tour[0])
-    (block,) = blocks("python", LOADING)
     names: dict[str, object] = {}
-    exec(compile(block.replace('"t1.zarr"', '"cohort.zarr"'), "docs/loading.md", "exec"), names)
+    volumes, planes = (block.replace('"t1.zarr"', '"cohort.zarr"') for block in blocks("python", LOADING))
+    exec(compile(volumes, "docs/loading.md", "exec"), names)
     assert names["epoch"] == 1
     assert names["batch"].images.shape[1:] == (1, 160, 192, 160)
+    exec(compile(planes, "docs/loading.md", "exec"), names)
+    assert names["coronal"].shape[1:] == (5, 160, 160)
+
+
+def test_the_python_of_the_pages_about_embeddings_and_probes_runs(tour, monkeypatch, capsys):
+    monkeypatch.chdir(tour[0])
+    for ending in ("parquet", "npz"):
+        write_embeddings(f"emb.{ending}", open_embeddings("emb.h5"))
+    names: dict[str, object] = {}
+    for page in ("embeddings", "probing"):
+        for block in blocks("python", (ROOT / "docs" / f"{page}.md").read_text()):
+            here = block.replace('"t1.zarr"', '"cohort.zarr"').replace('"imagenet"', '"random"')
+            exec(compile(here, f"docs/{page}.md", "exec"), names)
+    assert len(open_embeddings("three.h5").features) == 3
+    assert names["X"].shape == (len(names["who"]), 512)
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["sex", "ok"],
+        ["fluid_intelligence", "ok"],
+    ]
+    assert len(names["predictions"]) == len(pd.read_parquet("predictions.parquet")) == len(names["who"])
 
 
 def test_the_python_of_the_page_about_fine_tuning_runs(tour, monkeypatch):
