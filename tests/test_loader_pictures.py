@@ -22,6 +22,7 @@ from ingest.scan import ScanRow
 from ingest.shard import index_bytes, shard_path, write_shard
 from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
 from loaders import Augmentation, CorruptShardError, View, VolumeReader, open_loader, slices_of
+from loaders.augment import augment
 from loaders.batches import BatchPool
 from loaders.views import each, plan_picture
 
@@ -259,6 +260,19 @@ def test_a_count_may_be_of_any_integer_type():
 def test_outputs_that_cannot_be_are_refused(store, settings, message):
     with pytest.raises(ValueError, match=message):
         open_loader(store, **settings)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_planes_get_the_parameters_of_one_head(store, backend):
+    ranges, settings = Augmentation(flip=0.5), {"dtype": "float32", "seed": 5, "batch_size": SCANS}
+    with open_loader(store, view="triplanar", augmentation=ranges, mean=0.2, backend=backend, **settings) as loader:
+        loader.epoch = 2
+        (batch,) = loader
+    keys = np.array([[5, 2, position] for position in range(SCANS)])
+    for view, images in zip(AXES, batch.images, strict=True):
+        with open_loader(store, view=view, **settings) as plain:
+            expected = augment(next(iter(plain)).images, ranges, keys, view=view) - 0.2
+        assert torch.equal(images, expected)
 
 
 HOLDERS: dict[str, Callable[[torch.Tensor], Any]] = {
