@@ -32,73 +32,85 @@ def store(tmp_path) -> Path:
     return tmp_path / "s.zarr"
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*torchrun, *map(str, command)], capture_output=True, text=True, timeout=120)
-
-
-def written_rows(traced: Path) -> list[list[int]]:
+def written_rows(folder: Path, out: str) -> list[list[int]]:
     """Return the rows that each process has written in blocks."""
-    return [json.loads(file.read_text()) for file in sorted(traced.glob("*.json"))]
+    return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{out}.*.json"))]
 
 
-#: A process that notes which rows it writes: Python runs it before all else.
+#: A process that notes which rows it writes. Of its second output the second process dies at the first block.
 TRACE = """
-import json, os, extract.resume
-write, rows = extract.resume.write_block, []
-def noting(parts, number, scans, features, skipped):
-    write(parts, number, scans, features, skipped)
-    rows.extend(scans["row"].tolist())
-    open(os.path.join(os.environ["TRACED"], os.environ.get("RANK", "0") + ".json"), "w").write(json.dumps(rows))
-extract.resume.write_block = noting
-from extract.cli import main
-main()
+import contextlib, json, os, sys, extract.resume
+from pathlib import Path
+from extract import cli
+write, rank, words = extract.resume.write_block, int(os.environ["RANK"]), sys.argv[1:]
+
+def run(out, *arguments):
+    rows = []
+    def noting(parts, number, scans, features, skipped):
+        if rank and out == "killed.npz":
+            os._exit(9)
+        write(parts, number, scans, features, skipped)
+        rows.extend(scans["row"].tolist())
+        Path(f"{out}.{rank}.json").write_text(json.dumps(rows))
+    extract.resume.write_block = noting
+    sys.argv = ["extract", "s.zarr", out, *arguments]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        Path(f"{out}.{rank}.code").write_text(str(ended.code))
+
+with cli.join_group() as group:
+    cli.join_group = lambda: contextlib.nullcontext(group)
+    for out in ("two.zarr", "killed.npz"):
+        run(out, *words)
 """
 
 
-def test_two_processes_make_what_one_makes(store, tmp_path, monkeypatch):
-    shard_path(store, 20).write_bytes(b"damaged")
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Return where two processes have worked, and what they said."""
+    folder = tmp_path_factory.mktemp("two")
+    make_store(folder / "s.zarr", SCANS, bad=[2])
+    shard_path(folder / "s.zarr", 20).write_bytes(b"damaged")
+    (folder / "tracing.py").write_text(TRACE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "tracing.py", *map(str, SETTINGS)]
+    return folder, subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
+
+
+def test_two_processes_make_what_one_makes(done, tmp_path, monkeypatch):
+    folder, returned = done
+    monkeypatch.chdir(folder)  # messages name the store
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun sets it: the last digits depend on it
-    extract_to(tmp_path / "one.zarr", store, build_encoder(**ENCODER), batch_size=1)
+    extract_to(tmp_path / "one.zarr", "s.zarr", build_encoder(**ENCODER), batch_size=1)
     torch.set_num_threads(threads)
-    (tmp_path / "traced").mkdir()
-    (tmp_path / "tracing.py").write_text(TRACE)
-    monkeypatch.setenv("TRACED", str(tmp_path / "traced"))
-    done = run(tmp_path / "tracing.py", store, tmp_path / "two.zarr", *SETTINGS)
-    assert done.returncode == 1, "a scan is damaged"
-    assert done.stderr.count("skipped: row 20") == 1, done.stderr
-    (line,) = done.stdout.splitlines()  # of the first alone
+    assert [(folder / f"two.zarr.{rank}.code").read_text() for rank in (0, 1)] == ["1", "0"], "a scan is damaged"
+    assert returned.stderr.count("skipped: row 20") == 1, returned.stderr
+    (line,) = returned.stdout.splitlines()  # of the first alone
     summary = json.loads(line)
     assert (summary["scans"], summary["embedded"], summary["processes"]) == (SCANS - 2, SCANS - 2, 2)
     assert [scan["row"] for scan in summary["skipped"]] == [20]
-    one, two = open_embeddings(tmp_path / "one.zarr"), open_embeddings(tmp_path / "two.zarr")
+    one, two = open_embeddings(tmp_path / "one.zarr"), open_embeddings(folder / "two.zarr")
     np.testing.assert_array_equal(two.features, one.features)
     pd.testing.assert_frame_equal(two.scans, one.scans)
     assert two.attrs == one.attrs
-    shares = written_rows(tmp_path / "traced")
+    shares = written_rows(folder, "two.zarr")
     assert len(shares) == 2
     assert all(shares)
     assert sorted(itertools.chain(*shares)) == one.scans["row"].tolist()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["one.zarr", "s.zarr", "traced", "tracing.py", "two.zarr"]
+    assert not (folder / "two.zarr.parts").exists()
 
 
-#: The second process dies at its first block.
-DYING = TRACE.replace("    write(parts", "    os._exit(9) if os.environ['RANK'] == '1' else None\n    write(parts")
-
-
-def test_a_process_that_dies_ends_the_run_and_the_next_one_goes_on(store, tmp_path, monkeypatch):
-    (tmp_path / "dying.py").write_text(DYING)
-    (tmp_path / "traced").mkdir()
-    monkeypatch.setenv("TRACED", str(tmp_path / "traced"))
-    done = run(tmp_path / "dying.py", store, tmp_path / "e.npz", *SETTINGS)
-    assert done.returncode != 0
-    assert not (tmp_path / "e.npz").exists()
-    written = list(itertools.chain(*written_rows(tmp_path / "traced")))
-    summary = extract_to(tmp_path / "e.npz", store, build_encoder(**ENCODER))
-    assert summary.embedded == SCANS - 1 - len(written)
-    assert len(open_embeddings(tmp_path / "e.npz").features) == SCANS - 1
-    assert not (tmp_path / "e.npz.parts").exists()
+def test_a_process_that_dies_ends_the_run_and_the_next_one_goes_on(done):
+    folder, returned = done
+    assert returned.returncode != 0
+    assert not (folder / "killed.npz").exists()
+    written = list(itertools.chain(*written_rows(folder, "killed.npz")))
+    summary = extract_to(folder / "killed.npz", folder / "s.zarr", build_encoder(**ENCODER))
+    assert summary.embedded == SCANS - 2 - len(written)
+    assert len(open_embeddings(folder / "killed.npz").features) == SCANS - 2
+    assert not (folder / "killed.npz.parts").exists()
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def test_died_before_every_change(server, bucket, folder, local, monkeypatch):
     monkeypatch.setattr(ObjectPath, "remove", staticmethod(dying(remove)))
     finished = False
     while not finished:
-        dies_at += 23 if dies_at > 4 else 2
+        dies_at += 31 if dies_at > 4 else 2
         changes = itertools.count()
         try:
             ingest(folder, str(out))
