@@ -15,7 +15,7 @@ from torch import nn
 
 from extract.fast import choose_precision, compile_network, exact_float32
 from extract.fold import fold_batch_norms, pool_before_relu
-from extract.fuse import fuse_blocks
+from extract.fuse import can_fuse, fuse_blocks
 from extract.grey import collapse_to_grey
 from extract.inputs import as_crop, as_size, as_slices, pictures_of, resize, slices_to_load, target_size
 from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
@@ -286,7 +286,7 @@ def build_encoder(
         fold_batch_norms(network)
         pool_before_relu(network)
         collapse_to_grey(network, loaded.mean, loaded.std)
-        if chosen.type == "cuda" and dtype is not torch.float32 and not compiled:  # compilers fuse by themselves
+        if can_fuse(chosen, dtype) and not compiled:  # compilers fuse by themselves
             fuse_blocks(network)
     planned = plan_layers(model, names, pooling, vectors_once=one_picture)
     given = "mean", "max" if family.vector else "mean"  # what the last layer's own output is, position by position

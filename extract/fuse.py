@@ -62,6 +62,13 @@ def _convolve(x: torch.Tensor, convolution: Any, added: torch.Tensor | None = No
     return torch.cudnn_convolution_add_relu(x, weight, added, 1.0, bias, *how)
 
 
+def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether cuDNN has such kernels for a device: in half precision, for GPUs of NVIDIA from Ampere on."""
+    if device.type != "cuda" or dtype is torch.float32:
+        return False
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def fuse_blocks(network: nn.Module) -> None:
     """Put a `FusedBlock` in the place of each residual block of a torchvision ResNet, in place.
 

@@ -13,7 +13,7 @@ from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
 from extract import build_encoder, grey
 from extract.fold import fold_batch_norms
-from extract.fuse import FusedBlock, fuse_blocks
+from extract.fuse import FusedBlock, can_fuse, fuse_blocks
 from extract.grey import convolve_by_products
 
 BLOCKS = {resnet18: 8, resnet50: 16, r3d_18: 8, mc3_18: 8, r2plus1d_18: 8}
@@ -42,6 +42,17 @@ def test_blocks_of_grouped_convolutions_stay_as_they_are():
     before = str(network)
     fuse_blocks(network)
     assert str(network) == before
+
+
+@pytest.mark.parametrize(("capability", "dtype", "fuses"), [
+    ((9, 0), torch.bfloat16, True), ((8, 0), torch.float16, True), ((7, 5), torch.float16, False),
+    ((9, 0), torch.float32, False),
+])  # fmt: skip
+def test_gpus_that_have_such_kernels(monkeypatch, capability, dtype, fuses):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert can_fuse(torch.device("cuda", 0), dtype) == fuses
+    assert not can_fuse(torch.device("cpu"), dtype)
 
 
 def test_a_cpu_has_nothing_fused():
