@@ -75,7 +75,7 @@ class Case:
 #: By device. What starts with a run is nothing in one of tens of thousands of scans, and should be little here.
 CASES = {
     "cpu": (Case("resnet18", 1.0, 8, 40, 40, 40), Case("r3d_18", 0.5, 2, 4, 4, 4)),
-    "cuda": (Case("resnet18", 1.0, 256, 16_384, 256, 100_000, 1), Case("r3d_18", 1.0, 16, 256, 128, 2048, 1)),
+    "cuda": (Case("resnet18", 1.0, 256, 16_384, 256, 100_000, 1), Case("r3d_18", 1.0, 16, 256, 128, 4096, 1)),
 }
 
 
