@@ -28,7 +28,7 @@ from ingest.plan import make_plan
 from ingest.scan import ScanRow, ScanSource
 from loaders import VolumeReader
 
-KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "5"))
+KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "4"))
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 AFFINE[:3, 3] = [-60, -80, -60]
 

@@ -133,9 +133,9 @@ def test_the_next_ingest_does_not_bring_them_back(place):
     assert (summary.new, summary.status) == (1, {"ok": 6, "withdrawn": 1})
 
 
-def test_killed_before_every_fifth_step(made, tmp_path):
+def test_killed_before_every_seventh_step(made, tmp_path):
     died = 0
-    for step in range(1, 60, 5):
+    for step in range(1, 60, 7):
         folder = tmp_path / str(step)
         shutil.copytree(made, folder)
         code = die_at(step, withdraw_in, folder)
