@@ -59,8 +59,8 @@ STORED = 256  # scans of the store, which the benchmark of the loaders uses, too
 class Case:
     """A network: the factor of its input's size, scans at a time, and how many each way gets in a turn.
 
-    Plain torchvision is tried with fewer at a time, too. Ours from memory gets as many as `extract`: a GPU that was
-    long at work computes more slowly than one that begins.
+    Plain torchvision is tried with fewer at a time, too. Ours from memory gets as many as `extract`: a GPU's clock may
+    depend on how long it has been at work.
     """
 
     model: str

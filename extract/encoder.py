@@ -21,7 +21,7 @@ from extract.inputs import as_crop, as_size, as_slices, pictures_of, resize, sli
 from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
 from extract.models import check_picture, family_of, make_network
 from extract.weights import Weights, find_checkpoint, load_weights, sha256_of_parameters
-from loaders.views import Images, View, each
+from loaders.views import Images, View, as_images, each
 
 #: Of what lies between stored voxels and features: to be raised with every change after which the same settings give
 #: other features by more than rounding, for instance of cutting, resizing or normalising. Files of another one are not
@@ -108,10 +108,10 @@ class Encoder:
         ValueError
             See `check`.
         """
-        there = tuple(one.to(self.device, non_blocking=True) for one in each(images))
+        images = as_images(tuple(one.to(self.device, non_blocking=True) for one in each(images)))
         rounds = self.device.type == "cuda" and self.dtype is torch.float32
         with exact_float32() if rounds else contextlib.nullcontext():
-            pictures = self._pictures(there if isinstance(images, tuple) else there[0], cut)
+            pictures = self._pictures(images, cut)
             if self.view is View.volume:
                 return self._features(pictures[0])
             features = [

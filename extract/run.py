@@ -21,7 +21,7 @@ from ingest.store import VolumeStore, open_store, package_versions
 from loaders import open_loader
 from loaders.opening import choose_backend
 from loaders.select import select_rows
-from loaders.views import Images, plan_picture
+from loaders.views import Images, as_images, each, plan_picture
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,8 @@ def encode(
 
 def _filled(images: Images, scans: int) -> Images:
     """Return pictures of so many scans, the last of which are black."""
-    if isinstance(images, tuple):
-        return tuple(torch.cat([one, one.new_zeros((scans - len(one), *one.shape[1:]))]) for one in images)
-    return torch.cat([images, images.new_zeros((scans - len(images), *images.shape[1:]))])
+    black = (one.new_zeros((scans - len(one), *one.shape[1:])) for one in each(images))
+    return as_images(tuple(map(torch.cat, zip(each(images), black, strict=True))))
 
 
 @dataclass(frozen=True)

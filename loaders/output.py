@@ -108,10 +108,10 @@ class Output:
             With the seed, what the augmentation of each scan depends on.
         """
         views = [plane.view for plane in self.picture.planes] or [self.picture.view]
-        keys = np.stack([np.full_like(positions, self.seed), np.full_like(positions, epoch), positions], axis=1)
-        return as_images(tuple(self._finish(one, view, keys) for one, view in zip(pictures, views, strict=True)))
+        planes = zip(pictures, views, strict=True)
+        return as_images(tuple(self._finish(one, view, epoch, positions) for one, view in planes))
 
-    def _finish(self, images: torch.Tensor, view: View, keys: np.ndarray) -> torch.Tensor:
+    def _finish(self, images: torch.Tensor, view: View, epoch: int, positions: np.ndarray) -> torch.Tensor:
         if images.dtype is torch.uint16:
             images = images.view(self.dtype)
         if images.dtype is torch.uint8 and self.dtype is not torch.uint8:
@@ -120,6 +120,7 @@ class Output:
             dtype = torch.float32 if self.augmentation is not None else self.dtype
             images = _scaled(images, *self.gain_and_bias(), dtype)
         if self.augmentation is not None:
+            keys = np.stack([np.full_like(positions, self.seed), np.full_like(positions, epoch), positions], axis=1)
             images = augment(images, self.augmentation, keys, view=str(view), planes=self.planes)
             if (self.mean, self.std) != (0, 1):
                 images = images.sub_(self.mean).div_(self.std)

@@ -260,6 +260,12 @@ def test_outputs_that_cannot_be_are_refused(store, settings, message):
         open_loader(store, **settings)
 
 
+@pytest.mark.parametrize("view", ["volume", "triplanar"])
+def test_a_seed_may_be_larger_than_those_of_augmentations(store, view):
+    with open_loader(store, view=view, shuffle=True, seed=2**63 + 5) as loader:
+        assert sorted(row for batch in loader for row in batch.rows.tolist()) == list(range(SCANS))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_planes_get_the_parameters_of_one_head(store, backend):
     ranges, settings = Augmentation(flip=0.5), {"dtype": "float32", "seed": 5, "batch_size": SCANS}
