@@ -23,7 +23,7 @@ import torch
 from benchmarks.finetune_cohort import Clock, Pretraining, prepare_cohort, pretrain
 from benchmarks.made import SHAPE
 from benchmarks.results import Report, Result
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 from finetune.batch_norm import SCANS
 from finetune.build import build_network, find_weights
 from finetune.curves import CurveProgress, CurveResult, CurveSettings, run_curve

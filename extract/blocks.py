@@ -7,10 +7,8 @@ left counts in the next one, also if the store has grown or changed in between, 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from extract.formats import DAMAGE
+from extract.writing import write_whole
 from ingest.errors import StoreError
 
 _BATCHES, _SCANS = 8, 512  # of a block, at most: what a kill may cost, and what GPUs can share
@@ -90,7 +89,7 @@ def start_parts(parts: Path, settings: Mapping[str, Any]) -> None:
     parts.mkdir(exist_ok=True)
     for temporary in parts.glob(".*.tmp"):
         temporary.unlink()
-    _write_whole(parts / _SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2)))
+    write_whole(parts / _SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2)))
 
 
 def remove_parts(parts: Path) -> int:
@@ -137,7 +136,7 @@ def write_block(
         with open(path, "wb") as file:
             np.savez(file, **arrays)
 
-    _write_whole(_block_path(parts, number), save)
+    write_whole(_block_path(parts, number), save)
 
 
 def read_finished(parts: Path) -> Finished:
@@ -224,14 +223,3 @@ def _block_path(parts: Path, number: int) -> Path:
 
 def _plain(values: np.ndarray) -> np.ndarray:
     return values.astype(object) if values.dtype.kind == "U" else values
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

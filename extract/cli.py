@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +18,6 @@ from extract.embeddings import check_suffix, local_path
 from extract.encoder import DEFAULT_MODEL, Encoder, InputWarning, build_encoder
 from extract.fast import CompileWarning
 from extract.models import about_pictures
-from extract.probing.writing import MAKE_ROOM, is_full
 from extract.resume import ExtractSummary, extract_to
 from extract.timing import Timing
 from extract.weights import WeightsUnavailableError, about_store
@@ -201,8 +199,7 @@ def main() -> None:
         errors.print(f"error: {reason}; use a smaller --batch-size", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)
     except OSError as error:
-        text = f"{os.strerror(error.errno or 0)}; {MAKE_ROOM}" if is_full(error) else str(error)
-        errors.print(f"error: {text}", soft_wrap=True, highlight=False, markup=False)
+        errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)
     except ValueError as error:
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)

@@ -19,6 +19,7 @@ import pandas as pd
 from extract.checks import as_numbers, check_features_to_write, check_tables, check_tables_to_write
 from extract.formats import DAMAGE, KINDS
 from extract.tables import Features, Tables, flat_names
+from extract.writing import is_full, not_written, sync
 from ingest.errors import StoreError
 from ingest.store import check_format
 
@@ -260,6 +261,11 @@ def write_file(path: Path, tables: Tables, shape: tuple[int, ...], features: Fea
     """Write an embedding file block by block, see `extract.formats.Kind`; it appears whole or not at all.
 
     It is on the disk when this returns: what it was made from may go.
+
+    Raises
+    ------
+    StoreError
+        If the disk is full, or a folder that is no embeddings is there.
     """
     check_suffix(path)
     if path.is_dir():
@@ -269,12 +275,16 @@ def write_file(path: Path, tables: Tables, shape: tuple[int, ...], features: Fea
     try:
         KINDS[path.suffix].write(temporary, tables, (shape[0], shape[1]), features)
         for written in [temporary, *temporary.rglob("*")]:
-            _sync(written)
+            sync(written)
         if path.is_dir():
             _exchange(temporary, path)  # and what was there is removed below
         else:
             temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
+    except OSError as error:
+        if is_full(error):  # others may be of what features are read from
+            raise not_written(path, temporary, error) from error
+        raise
     finally:
         _remove(temporary)
 
@@ -299,15 +309,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 #: What the end of a folder's name is while two folders exchange theirs.

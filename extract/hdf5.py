@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,57 @@ _VERSION = ("v110", "v110")
 
 def write_hdf5(path: Path, tables: Tables, shape: tuple[int, int], features: Features) -> None:
     """Write a file; see `extract.formats.Kind`."""
-    with h5py.File(path, "w", libver=_VERSION) as file:
-        array = file.create_dataset("embeddings", shape=shape, dtype="float32", **_checksums(shape, CHUNK_ROWS))
-        for start, stop in ranges(shape[0], array.chunks[0] if array.chunks else CHUNK_ROWS):
-            array[start:stop] = features(start, stop)
-        for group in ("scans", "phenotypes"):
-            file.create_group(group)
-        for group, name, values in all_columns(tables):
-            values = _fixed_length(values) if is_text(values) else values
-            column = file[group].create_dataset(name, data=values, **_checksums(values.shape, _COLUMN_ROWS))
-            if group == "phenotypes":
-                _write_attributes(column, tables.variables.get(name, {}))
-        _write_attributes(file, tables.attrs)
+    with _Written(path) as written:
+        with h5py.File(written, "w", libver=_VERSION) as file:
+            array = file.create_dataset("embeddings", shape=shape, dtype="float32", **_checksums(shape, CHUNK_ROWS))
+            for start, stop in ranges(shape[0], array.chunks[0] if array.chunks else CHUNK_ROWS):
+                array[start:stop] = features(start, stop)
+                written.check()
+            for group in ("scans", "phenotypes"):
+                file.create_group(group)
+            for group, name, values in all_columns(tables):
+                values = _fixed_length(values) if is_text(values) else values
+                column = file[group].create_dataset(name, data=values, **_checksums(values.shape, _COLUMN_ROWS))
+                if group == "phenotypes":
+                    _write_attributes(column, tables.variables.get(name, {}))
+            _write_attributes(file, tables.attrs)
+        written.check()
+
+
+class _Written(io.FileIO):
+    """A file for h5py to write, which keeps the first error to itself until it is asked.
+
+    HDF5 does not survive that closing a file fails, as it does on a full disk: the process dies of a segmentation
+    fault, at once or at its end (h5py issues 914 and 1642).
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self._error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        with self._keeping_errors():
+            while left and self._error is None:
+                left = left[super().write(left) :]  # a disk that is nearly full takes a part
+        return memoryview(data).nbytes
+
+    def truncate(self, size: int | None = None) -> int:
+        with self._keeping_errors():
+            return super().truncate(size)
+        return size or 0
+
+    @contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:  # Ctrl-C, too
+            self._error = self._error or error
+
+    def check(self) -> None:
+        """Raise the first error, if there was one."""
+        if self._error is not None:
+            raise self._error
 
 
 def _checksums(shape: tuple[int, ...], most_rows: int) -> dict[str, Any]:

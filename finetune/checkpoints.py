@@ -18,8 +18,8 @@ import torch
 from extract.checkpoints import BEST, FORMAT, load_content
 from extract.checkpoints import LAST as LAST
 from extract.errors import WeightsUnavailableError
-from extract.probing.writing import write_whole
 from extract.weights import Weights
+from extract.writing import write_whole
 from finetune.errors import ANEW
 from finetune.heads import Head
 from finetune.network import Input, ScanNetwork
@@ -108,8 +108,6 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
                 torch.save(dict(content), file)
             except RuntimeError as error:  # of its writer, which cannot end a file that was broken off
                 raise error.__context__ or error from None
-            file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave the name without the bytes
 
     write_whole(path, write)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from extract.checkpoints import FORMAT, NOTE
 from extract.errors import WeightsUnavailableError
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 from finetune.build import check_volumes
 from finetune.checkpoints import LoadedRun, checkpoint_of, load_run
 from finetune.heads import Head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 from finetune.checkpoints import BEST, LAST, read_last, write_checkpoint
 from finetune.errors import ANEW
 from finetune.logs import TENSORBOARD

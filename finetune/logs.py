@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 
 TENSORBOARD = "tensorboard"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from extract.probing.results import Interval, OutOfFold, TargetResult
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 from finetune.errors import ANEW
 from finetune.heads import Head
 from finetune.predictions import predicted_of, truth_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from extract.probing.folds import limit_people
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 
 PARTS = ("train", "validation", "test")
 _COLUMNS = ("participant", "part")

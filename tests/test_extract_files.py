@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
 from embedded import make_embeddings
+from full_disk import full_disk
 from typer.testing import CliRunner
 
 import extract.embeddings
@@ -293,7 +295,7 @@ def test_what_others_write_at_this_moment_is_not_removed(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_name_of_what_is_being_written_is_that_which_is_removed(embeddings, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(extract.embeddings, "_remove", lambda _: None)  # killed: nothing is tidied up
-    monkeypatch.setattr(extract.embeddings, "_sync", lambda _: 1 / 0)
+    monkeypatch.setattr(extract.embeddings, "sync", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_embeddings(tmp_path / f"e{kind}", embeddings)
     assert len(list(tmp_path.iterdir())) == 1
@@ -350,3 +352,25 @@ def test_all_is_on_the_disk_before_it_has_its_name(embeddings, tmp_path, monkeyp
     temporary = written[0]
     expected = {one.relative_to(path) for one in [path, *path.rglob("*")]}
     assert {one.relative_to(temporary) for one in written} == expected
+
+
+@pytest.mark.parametrize("largest", [0, 5000, 1 << 18])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_that_is_full_is_named_and_what_was_there_stays(embeddings, tmp_path, kind, largest):
+    path = tmp_path / f"e{kind}"
+    write_embeddings(path, embeddings)
+    larger = make_embeddings(np.random.default_rng(0).normal(size=(600, 500)).astype(np.float32), {})
+    with full_disk(largest), pytest.raises(StoreError) as caught:
+        write_embeddings(path, larger)
+    assert str(caught.value) == f"{path} cannot be written: File too large; make room, and run the same command again"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    np.testing.assert_array_equal(open_embeddings(path).features, embeddings.features)
+
+
+def test_a_disk_that_is_full_meanwhile_is_named(tmp_path):
+    parts = tmp_path / "e.h5.parts"
+    start_parts(parts, {})
+    scans, features = pd.DataFrame({"row": np.arange(600)}), np.ones((600, 500), np.float32)
+    with full_disk(), pytest.raises(StoreError, match=r"00000000\.npz cannot be written: File too large; make room"):
+        write_block(parts, 0, scans, features, {})
+    assert [file.name for file in parts.iterdir()] == ["settings.json"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import zipfile
 from importlib.abc import MetaPathFinder
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from finetuning import call_command, tiny_settings
+from full_disk import full_disk
 from networks import assert_close, trained
 from torchvision.models import get_model
 
@@ -176,12 +176,8 @@ def test_what_is_there_stays(runs, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["w.pt", "p.pt2"])
 def test_a_disk_that_is_full_is_named(runs, tmp_path, monkeypatch, capsys, name):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
-    try:
+    with full_disk():
         code = call_command(monkeypatch, "export", runs["axial"], tmp_path / name)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1
     assert f"{name} cannot be written: File too large" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

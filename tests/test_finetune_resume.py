@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import shutil
 import signal
 import threading
@@ -30,6 +29,7 @@ from finetuning import (
     thin_networks,  # noqa: F401
     tiny_settings,
 )
+from full_disk import full_disk
 
 from extract.errors import WeightsUnavailableError
 from finetune.checkpoints import LAST, load_run, write_checkpoint
@@ -318,13 +318,8 @@ def test_interrupted_it_leaves_nothing_running_and_goes_on(killing, tmp_path, mo
 
 def test_a_disk_that_is_full_is_named(tmp_path):
     write_checkpoint(tmp_path / "last.pt", {"weights": torch.ones(3)})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
-    try:
-        with pytest.raises(StoreError, match=r"last\.pt cannot be written: .*File too large"):
-            write_checkpoint(tmp_path / "last.pt", {"weights": torch.ones(1 << 18)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(), pytest.raises(StoreError, match=r"last\.pt cannot be written: .*File too large"):
+        write_checkpoint(tmp_path / "last.pt", {"weights": torch.ones(1 << 18)})
     assert torch.load(tmp_path / "last.pt", weights_only=True)["weights"].tolist() == [1, 1, 1]
     assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
 

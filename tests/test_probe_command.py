@@ -21,7 +21,7 @@ from extract.probing.numbers import in_digits
 from extract.probing.probe import probe
 from extract.probing.results import Interval, TargetResult
 from extract.probing.settings import ProbeSettings
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 from ingest.errors import StoreError
 
 

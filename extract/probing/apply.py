@@ -14,7 +14,7 @@ import pandas as pd
 from extract.embeddings import Embeddings
 from extract.probing.model import ProbeModel
 from extract.probing.targets import CLASSIFICATIONS
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 from ingest.dictionary import TASKS
 from ingest.errors import StoreError
 from ingest.store import check_format, package_versions

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 from ingest.errors import StoreBusyError
 from ingest.lock import store_lock
 

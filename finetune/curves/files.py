@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from extract.probing.writing import write_whole
+from extract.writing import write_whole
 from finetune.curves.charts import curve_png
 from finetune.curves.page import write_curve_page
 from finetune.curves.results import CurveResult

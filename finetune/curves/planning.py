@@ -14,8 +14,8 @@ import numpy as np
 
 from extract.errors import WeightsUnavailableError
 from extract.models import family_of
-from extract.probing.writing import write_whole
 from extract.weights import about_store
+from extract.writing import write_whole
 from finetune.build import check_settings, find_weights
 from finetune.cohort import Cohort, read_cohort
 from finetune.curves.cells import Cell, held, list_cells

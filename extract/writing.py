@@ -13,12 +13,12 @@ from ingest.errors import StoreError
 PAGE_SUFFIX = ".html"
 
 #: Of a disk, or of what one may write there.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAKE_ROOM = "make room, and run the same command again"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name beside it and rename it; its folder is made.
+    """Write a file under another name beside it, wait until it is on the disk, and rename it; its folder is made.
 
     Parameters
     ----------
@@ -36,12 +36,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        sync(temporary)  # or a power failure could leave the name without the bytes
         temporary.replace(path)
     except OSError as error:
         raise not_written(path, temporary, error) from error
     finally:
         if temporary.is_file():
             temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def not_written(path: Path, temporary: Path, error: OSError) -> StoreError:
