@@ -37,8 +37,9 @@ from benchmarks.made import DIFFERENT, SHAPE, make_store, make_volumes
 from benchmarks.results import Report, Result, failure
 from extract.distributed import Group
 from extract.fast import memory_for
+from extract.probing.groups import read_groups
 from finetune.build import build_network, build_training, find_weights, make_augmentation
-from finetune.cohort import Cohort
+from finetune.cohort import Cohort, as_table
 from finetune.evaluate import what_to_augment, what_to_load
 from finetune.heads import Head
 from finetune.settings import make_settings
@@ -237,9 +238,9 @@ def begin(case: Case, store: VolumeStore, device: str, augmented: bool) -> Train
     rows = np.asarray(store.ok_rows)
     labels = np.random.default_rng(0).integers(0, 2, (len(store.scans), 1)).astype(np.float32)
     head = Head("label", "binary", ("a", "b"), frequencies=(0.5, 0.5))
-    people = store.scans["participant"].to_numpy().astype(str)[rows]
+    groups = read_groups(as_table(store, rows), None)
     part = np.full(len(rows), "train", dtype=object)
-    cohort = Cohort(rows, people, [], Split({}), part, [head], labels, np.ones_like(labels), [])
+    cohort = Cohort(rows, groups, [], Split({}), part, [head], labels, np.ones_like(labels), [])
     network = build_network(settings, cohort.heads, find_weights(settings))
     training = build_training(store, settings, cohort, network, Group())
     training.steps = replace(training.steps, per_epoch=case.steps + 1)  # the loader has more than that

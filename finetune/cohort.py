@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,8 @@ class Cohort:
     ----------
     rows
         int64 (scan,), rows of the store.
-    participants
-        Text (scan,).
+    groups
+        Who they are, and who belongs together.
     targets
         Their values.
     split
@@ -49,7 +50,7 @@ class Cohort:
     """
 
     rows: np.ndarray
-    participants: np.ndarray
+    groups: Groups
     targets: list[Target]
     split: Split
     part: np.ndarray
@@ -64,7 +65,14 @@ class Cohort:
 
     def people(self) -> dict[str, int]:
         """Return how many people are in each part."""
-        return {part: len(np.unique(self.participants[self.part == part])) for part in ("train", "validation", "test")}
+        return {part: len(np.unique(self.groups.people[self.part == part])) for part in ("train", "validation", "test")}
+
+    def fingerprint(self) -> str:
+        """Return a sha256 of whose scans are in which part, and of their labels: equal if nothing has changed."""
+        there = self.part != ""
+        rows = self.rows[there]
+        text = "\n".join(self.part[there])
+        return sha256(rows.tobytes() + self.labels[rows].tobytes() + text.encode()).hexdigest()
 
     def scans(self) -> dict[str, int]:
         """Return how many scans are in each part."""
@@ -108,11 +116,11 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
             participants, groups.together, strata_of_units(targets[0], groups.together),
             validation=settings.validation, test=settings.test, seed=settings.seed,
         )  # fmt: skip
-    part = np.array([split.part_of.get(who, "") for who in participants], dtype=object)
+    part = split.parts(participants)
     if split_file is not None:
         _check_whole(groups, part, split_file)
-    warnings = _check_parts(settings, part, drawn=split_file is None)
-    strangers = len(np.unique(participants[part == ""]))
+    warnings = [*everybody.about_strangers(), *_check_parts(settings, part, drawn=split_file is None)]
+    strangers = len(np.unique(groups.people[part == ""]))
     if strangers:
         warnings.append(f"{strangers} people are in no part of the split, and left out")
     train = part == "train"
@@ -120,7 +128,7 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
         raise ValueError("nobody is in the training part; use more people, or another split")
     if settings.train_people is not None:
         strata = strata_of_units(targets[0], groups.people)
-        kept = training_people(participants, strata, train, settings.train_people, seed=settings.seed)
+        kept = training_people(groups.people, strata, train, settings.train_people, seed=settings.seed)
         part[train & ~kept] = ""
         train = kept
     balanced = settings.class_weights == "balanced"
@@ -134,7 +142,7 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
         labels[rows, column] = encoded
         of_class = class_weights(head, encoded[train], balanced=balanced)
         weights[rows, column] = scan_weights(head, encoded, of_class)
-    return Cohort(rows, participants, targets, split, part, heads, labels, weights, warnings)
+    return Cohort(rows, groups, targets, split, part, heads, labels, weights, warnings)
 
 
 def some_rows(store: VolumeStore, where: str | None) -> np.ndarray:

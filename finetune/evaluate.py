@@ -144,15 +144,16 @@ def score_head(
     predicted: np.ndarray,
     people: np.ndarray,
     *,
+    units: np.ndarray | None = None,
     bootstrap: int = 2000,
     rows: np.ndarray | None = None,
     seed: int = 0,
 ) -> TargetResult:
     """Score the predictions of one target; r and R2 of a count are those of log(1 + count), as probes have them.
 
-    Intervals are percentiles over draws of the people tested, see `extract.probing.bootstrap`; without draws they are
+    Intervals are percentiles over draws of the units tested, see `extract.probing.bootstrap`; without draws they are
     not known (NaN). They tell nothing of who was trained on. Of a perfect score, which no draw changes, the lower end
-    is the exact one of as many successes as people of the smallest class, see `least_after_successes`.
+    is the exact one of as many successes as units of the smallest class, see `least_after_successes`.
 
     Parameters
     ----------
@@ -161,7 +162,9 @@ def score_head(
     predicted
         Of `Head.predict`, (scan, class) or (scan,).
     people
-        (scan,), whose scans they are: drawn as a whole.
+        (scan,), whose scans they are.
+    units
+        (scan,), what is drawn as a whole, such as families; by default people.
     bootstrap
         Draws.
     rows
@@ -173,16 +176,16 @@ def score_head(
         ``skipped`` with a reason where a score is not defined: nobody is known, a class is absent, or one value only.
     """
     known = ~np.isnan(truth)
-    truth, predicted, people = truth[known], predicted[known], people[known]
-    units = np.unique(people, return_inverse=True)[1] if len(people) else np.zeros(0, np.int64)
-    participants = int(units.max()) + 1 if len(units) else 0
+    truth, predicted = truth[known], predicted[known]
+    whole = np.unique((people if units is None else units)[known], return_inverse=True)[1]
     reason = why_undefined(head, truth)
     result = TargetResult(
-        head.name, head.task, "skipped", len(truth), participants, reason, labels=list(head.labels), units=head.units
-    )
+        head.name, head.task, "skipped", len(truth), len(np.unique(people[known])), reason, labels=list(head.labels),
+        units=head.units,
+    )  # fmt: skip
     if reason:
         return result
-    drawn = draw_weights(participants, bootstrap, seed)[:, units].astype(np.float64) if bootstrap else None
+    drawn = draw_weights(int(whole.max()) + 1, bootstrap, seed)[:, whole].astype(np.float64) if bootstrap else None
     chance = _chances(head, truth)
     metrics = {}
     for name, score in _scores(head, truth, predicted).items():
@@ -191,7 +194,7 @@ def score_head(
             interval = percentile_interval(_weighted(name, head, truth, predicted, drawn)[None])
             low, high = interval or (np.nan, np.nan)
             if head.labels and low == high == RANGES[name][1]:
-                low = least_after_successes(int(class_sizes(units, truth.astype(np.int64)).min()))
+                low = least_after_successes(int(class_sizes(whole, truth.astype(np.int64)).min()))
         metrics[name] = Interval(score, low, high, chance[name])
     places = np.arange(len(known)) if rows is None else rows
     out = OutOfFold(truth, predicted, np.zeros(len(truth), np.int64), places[known])

@@ -19,11 +19,11 @@ Config = Annotated[
 ]
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each setting, of which it gets those that were given as ``**flags``."""
+def with_settings(command: Callable[..., None], *, without: Sequence[str] = ()) -> Callable[..., None]:
+    """Give a command a flag for each setting but some, of which it gets those that were given as ``**flags``."""
     signature = inspect.signature(command, eval_str=True)
     own = [part for part in signature.parameters.values() if part.kind is not part.VAR_KEYWORD]
-    flags = [_flag(name) for name in FinetuneSettings.model_fields]
+    flags = [_flag(name) for name in FinetuneSettings.model_fields if name not in without]
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:

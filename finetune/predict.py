@@ -266,8 +266,7 @@ def _parts(run: Path, loaded: LoadedRun, volumes: VolumeStore, rows: np.ndarray)
     simulated = loaded.attrs.get("simulated") or volumes.attrs["simulated"]
     if not (folder / SPLIT).is_file() or (simulated and not same_store(loaded.attrs, volumes)):
         return None
-    part_of = read_split(folder / SPLIT).part_of
-    return np.array([part_of.get(str(who), "") for who in volumes.scans["participant"].iloc[rows]], dtype=object)
+    return read_split(folder / SPLIT).parts(volumes.scans["participant"].iloc[rows])
 
 
 def _provenance(run: Path, loaded: LoadedRun, volumes: VolumeStore) -> dict[str, Any]:

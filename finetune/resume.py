@@ -60,6 +60,12 @@ def go_on(training: Training, path: Path, volumes: VolumeStore) -> None:
         raise StoreError(f"{path} is of a run that is finished, but {RESULTS} is not there; {ANEW}")
     check_store(path.parent, content["attrs"], volumes)
     _check_model(training, path, content["model"])
+    if content["training"].get("cohort", now := training.cohort.fingerprint()) != now:  # older ones do not say
+        names = ", ".join(head.name for head in training.network.heads_info)
+        raise StoreError(
+            f"{path.parent} was begun with other scans, or other values of {names}, which have changed in the store "
+            f"since; {ANEW}"
+        )
     try:
         training.network.load_state_dict(content["state_dict"])
         training.load_state_dict(content["training"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ingest.dictionary import TASKS
 
@@ -96,7 +97,7 @@ class FinetuneSettings(BaseModel):
         0, ge=0, le=2**63 - 1, description="Of the split, the new weights, the order, augmentation and dropout."
     )
     checkpoint_every: int = Field(200, ge=1, description="Steps from one checkpoint to the next.")
-    bootstrap: int = Field(2000, ge=0, description="Draws of the people tested, for intervals.")
+    bootstrap: int = Field(2000, ge=0, description="Draws of the people (or families) tested, for intervals.")
     tensorboard: bool = Field(True, description="Log for TensorBoard, too.")
 
     @model_validator(mode="before")
@@ -122,6 +123,12 @@ class FinetuneSettings(BaseModel):
             elif isinstance(value, int):
                 given[name] = (value,)
         return given
+
+    @field_validator("groups")
+    @classmethod
+    def _absolute(cls, groups: str | None) -> str | None:
+        """Return where a file is, whatever folder a run goes on from; a phenotype stays as it is."""
+        return os.path.abspath(groups) if groups is not None and os.path.isfile(groups) else groups
 
     @model_validator(mode="after")
     def _check(self) -> FinetuneSettings:

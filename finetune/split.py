@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from extract.probing.folds import limit_people
 from extract.writing import write_whole
+from ingest.people import participant_key
 
 PARTS = ("train", "validation", "test")
 _COLUMNS = ("participant", "part")
@@ -26,6 +28,11 @@ class Split:
     """
 
     part_of: dict[str, str]
+
+    def parts(self, participants: Iterable[object]) -> np.ndarray:
+        """Return the part of each scan, text (scan,), by whose it is; nothing for people whom it does not name."""
+        known = {participant_key(who): part for who, part in self.part_of.items()}
+        return np.array([known.get(participant_key(who), "") for who in participants], dtype=object)
 
 
 def split_people(
@@ -60,7 +67,9 @@ def split_people(
         chosen = _every(len(rest), share, rng)
         part_of_group[rest[chosen]] = part
         rest = rest[~chosen]
-    return Split({str(who): str(part_of_group[group]) for who, group in zip(participants, together, strict=True)})
+    spelt = {participant_key(who): str(who) for who in participants}  # each person once
+    part_of = zip(map(participant_key, participants), part_of_group[together], strict=True)
+    return Split({spelt[who]: str(part) for who, part in part_of})
 
 
 def _every(count: int, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -81,9 +90,9 @@ def training_people(
     Parameters
     ----------
     participants
-        Text, (scan,).
+        (scan,), numbers of people.
     strata
-        int (person,), in the alphabetic order of the participants.
+        int (person,), in the order of the numbers.
     train
         bool (scan,), scans of the training part.
     people
@@ -141,10 +150,12 @@ def read_split(path: Path) -> Split:
     if not lines or tuple(lines[0]) != _COLUMNS:
         raise ValueError(f"{path} has the columns {','.join(lines[0]) if lines else 'none'}, expected participant,part")
     part_of: dict[str, str] = {}
+    seen: set[str] = set()
     for number, line in enumerate(lines[1:], 2):
         if len(line) != 2 or line[1] not in PARTS:
             raise ValueError(f"{path}, line {number}: expected a participant and one of {', '.join(PARTS)}")
-        if line[0] in part_of:
+        if participant_key(line[0]) in seen:
             raise ValueError(f"{path}, line {number}: this participant has a line already")
+        seen.add(participant_key(line[0]))
         part_of[line[0]] = line[1]
     return Split(part_of)

@@ -106,6 +106,7 @@ class Training:
         skipped = self.group.gather_all(self.skipped | self.loader.skipped)
         taken = (self.step % self.steps.per_epoch) * self.steps.batch
         return {
+            "cohort": self.cohort.fingerprint(),
             "step": self.step,
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),

@@ -72,8 +72,8 @@ def score_part(training: Training, outputs: Outputs, *, bootstrap: int) -> list[
     at = np.searchsorted(cohort.rows, outputs.rows)  # which ascend
     return [
         score_head(
-            head, target.values[at], head.predict(outputs.values[:, place]), cohort.participants[at],
-            bootstrap=bootstrap, rows=outputs.rows, seed=training.settings.seed,
+            head, target.values[at], head.predict(outputs.values[:, place]), cohort.groups.people[at],
+            units=cohort.groups.units[at], bootstrap=bootstrap, rows=outputs.rows, seed=training.settings.seed,
         )
         for head, target, place in zip(network.heads_info, cohort.targets, network.head_slices, strict=True)
     ]  # fmt: skip

@@ -49,7 +49,8 @@ def coded(
         notes.bad(
             int(strange.sum()),
             f"{strange.sum()} values of {variable.name} (column {name!r}) are not understood and taken as missing, "
-            f"for example {text[strange].iloc[0]!r}",
+            f"for example {text[strange].iloc[0]!r}"
+            + ("" if negative_is_missing else "; rename the column if it tells something else"),
         )
     if special.any() and not negative_is_missing:
         codes = ", ".join(f"{code} ({meaning})" for code, meaning in variable.missing.items())

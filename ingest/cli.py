@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 
 from ingest.default_command import RunByDefault
 from ingest.dictionary import VARIABLES
-from ingest.errors import MemoryBudgetError, ObjectStoreError, SchedulerError, SourceError, StoreError, TableError
+from ingest.errors import ObjectStoreError, SchedulerError
 from ingest.inspection import summarise_store
 from ingest.interruption import GOES_ON, told_interruption
 from ingest.layouts import Layout
@@ -35,9 +35,9 @@ from ingest.report import write_report
 from ingest.run import ingest
 from ingest.scan import EXPECTED_ABSENCES, ScanRow
 from ingest.settings import IngestSettings, Space
-from ingest.simulate import SimulatedLayout, simulate_cohort
+from ingest.simulate import MOST_PARTICIPANTS, SimulatedLayout, simulate_cohort
 from ingest.store import DEFAULT_SLAB
-from ingest.verify import verify
+from ingest.verify import SAMPLE, verify
 from ingest.withdraw import withdraw
 
 _MOST_ROWS = 10_000  # a page holds the pictures of fewer
@@ -120,6 +120,8 @@ def run_command(
 ) -> None:
     """Ingest the scans of a folder (the default command)."""
     table = None if phenotypes is None else _place(phenotypes)
+    if workers and scheduler is not None:
+        raise typer.BadParameter("the scheduler has its own; leave one of them out", param_hint="--workers")
     settings = IngestSettings(layout=layout, image=image, space=space, phenotypes=table, slab=slab)
     limit = None if max_memory is None else _parse_bytes(max_memory)
     read = failures = 0
@@ -189,7 +191,9 @@ def verify_command(
     against: Annotated[
         str | None, typer.Option(metavar="SRC", help="The folder that was ingested: compare with its scans.")
     ] = None,
-    sample: Annotated[int, typer.Option(min=0, help="How many scans to compare; 0 compares all.")] = 20,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="How many scans to compare; 0 compares all.", show_default=str(SAMPLE))
+    ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Ingest damaged scans again; needs --against.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Threads; 0 takes one per core, at most 8.")] = 0,
     as_json: AsJson = False,
@@ -197,12 +201,14 @@ def verify_command(
     """Check every byte of a store, and name the scans that are damaged."""
     if repair and against is None:
         raise typer.BadParameter("a repair reads the sources again; add --against SRC", param_hint="--repair")
+    if sample is not None and against is None:
+        raise typer.BadParameter("only sources are compared; add --against SRC", param_hint="--sample")
     with progress_bar("verify", errors) as progress:
         bar = progress.add_task("verify", total=None)
         report = verify(
             _place(store),
             against=None if against is None else _place(against),
-            sample=sample,
+            sample=SAMPLE if sample is None else sample,
             repair=repair,
             threads=workers or None,
             on_plan=lambda scans: progress.update(bar, total=scans),
@@ -258,9 +264,12 @@ def dictionary_command(as_json: AsJson = False) -> None:
 @app.command("simulate")
 def simulate_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
-    participants: Annotated[int, typer.Option(min=1, help="People; about one in twenty has two scans.")],
+    participants: Annotated[
+        int, typer.Option(min=1, max=MOST_PARTICIPANTS, help="People; about one in twenty has two scans.")
+    ],
     layout: Annotated[SimulatedLayout, typer.Option(help="UK Biobank's zips, or BIDS.")] = SimulatedLayout.ukb,
-    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Write a cohort with known effects, for anyone without access to UK Biobank."""
     with progress_bar("simulate", errors) as progress:
@@ -273,6 +282,9 @@ def simulate_command(
             on_plan=lambda scans: progress.update(bar, total=scans),
             on_scan=lambda: progress.advance(bar),
         )
+    if as_json:
+        print(json.dumps({"directory": str(directory), "scans": scans, "participants": participants, "seed": seed}))
+        return
     done = f"{directory}: {scans} scans of {participants} simulated participants"
     console.print(done, soft_wrap=True, highlight=False, markup=False)
 
@@ -319,8 +331,7 @@ def main() -> None:
         with told_interruption(errors, _AFTER_CTRL_C):
             app()
     except (
-        StoreError, SourceError, TableError, MemoryBudgetError, ObjectStoreError, SchedulerError, FileNotFoundError,
-        FileExistsError,
+        ValueError, ObjectStoreError, SchedulerError, FileNotFoundError, FileExistsError,
     ) as error:  # fmt: skip
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)

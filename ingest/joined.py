@@ -12,6 +12,7 @@ from ingest.layouts import Layout
 from ingest.phenotypes import Phenotypes, join_phenotypes
 from ingest.places import Place, local_copy
 from ingest.scan import ScanRow
+from ingest.sidecar import read_sidecar
 from ingest.store import VolumeStore
 
 _BIDS_TABLE = "participants.tsv"
@@ -48,7 +49,8 @@ def join(table: Place, rows: list[ScanRow], store: VolumeStore | None, *, given:
     """
     try:
         with local_copy(table) as copy:
-            joined = join_phenotypes(copy, [row.participant for row in rows], [row.session for row in rows])
+            people, sessions = [row.participant for row in rows], [row.session for row in rows]
+            joined = join_phenotypes(copy, people, sessions, read_sidecar(table))
     except TableError as error:
         if given:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
@@ -43,6 +44,7 @@ _READERS: dict[Layout, Callable[[str, str, str | None], Ranked | None]] = {
     Layout.flat: flat_scan,
 }
 _TABLES = (".csv", ".tsv")
+_BIDS_PERSON = re.compile(r"sub-[^_]+(?=_)")
 
 
 def find_scans(
@@ -94,6 +96,8 @@ def find_scans(
     bids_folders_only = layout is Layout.bids or (
         layout is Layout.auto and (source / "dataset_description.json").is_file()
     )
+    if image and layout is not Layout.flat:  # as users paste it; of a flat folder it is any part of a name
+        image = re.sub(r"\.(nii|img)(\.gz)?$", "", image, flags=re.IGNORECASE)
     root = str(source.absolute())
     best: tuple[int, int] | None = None
     scans: list[ScanSource] = []
@@ -118,7 +122,27 @@ def find_scans(
                 break
     if best is None:
         raise SourceError(_nothing_found(source, layout, image, kinds))
+    if layout is Layout.auto and layouts[best[0]] is Layout.flat:
+        _check_nobody_twice(source, scans, image, described=bids_folders_only)
     return layouts[best[0]], _sorted(scans)
+
+
+def _check_nobody_twice(source: Place, scans: list[ScanSource], image: str | None, *, described: bool) -> None:
+    """Refuse a BIDS tree that has no scans of the image: as a flat folder each file would be another person.
+
+    Parameters
+    ----------
+    described
+        It has a ``dataset_description.json``.
+    """
+    people = [found[0] for scan in scans if (found := _BIDS_PERSON.match(scan.participant))]
+    if len(set(people)) < len(people) or (people and described):
+        wanted, first = image or BIDS_SUFFIX, scans[0].participant
+        raise SourceError(
+            f"{source} has no {wanted} scans by the names of BIDS (such as sub-01_{wanted}.nii.gz), but {len(people)} "
+            f"others, such as {scans[0].name}; name their suffix, such as --image {first.split('_')[-1]}, "
+            "or use --layout flat if each file is of another person"
+        )
 
 
 def _sorted(scans: list[ScanSource]) -> list[ScanSource]:

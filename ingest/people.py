@@ -75,15 +75,16 @@ def _read_people(
     """Return one row per person and visit, and the visits; tell of rows that cannot be used."""
     visit_column = [] if session_column is None else [session_column]
     found = read_columns(table, [id_column, *visit_column, *wanted])
+    lines = ""
     if found.odd_rows:
         rows = f"row {found.odd_rows[0]}" if len(found.odd_rows) == 1 else f"rows such as {found.odd_rows[0]}"
-        notes.bad(
-            len(found.odd_rows),
+        lines = (
             f"{len(found.odd_rows)} rows have more or fewer fields than the {len(table.columns)} of the header "
-            f"({rows}) and are left out: is a text with a comma in it not quoted?",
+            f"({rows}) and are left out: is a text with a comma in it not quoted?"
         )
-    elif not len(found.cells):
-        raise TableError(f"{table.path} has a header and no rows")
+        notes.bad(len(found.odd_rows), lines)
+    if not len(found.cells):
+        raise TableError(f"{table.path} has a header and no rows" + (f" that fit it: {lines}" if lines else ""))
     cells = found.cells[list(wanted)]
     ids = found.cells[id_column].map(participant_key)
     visits = np.full(len(cells), "", object)

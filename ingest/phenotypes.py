@@ -16,6 +16,7 @@ from ingest.errors import TableError
 from ingest.notes import Notes
 from ingest.people import find_session_column, participant_key, rows_of_scans
 from ingest.plain_tables import columns_to_store, plain_variables
+from ingest.sidecar import parse_levels
 from ingest.tables import open_table
 from ingest.ukb_columns import ID_COLUMNS, UkbColumn, find_id_column, find_ukb_columns, parse_ukb_column
 
@@ -23,6 +24,7 @@ __all__ = ["ID_COLUMNS", "Phenotypes", "join_phenotypes", "parse_ukb_column", "p
 
 #: Instance 2 is the first visit at which UK Biobank makes images.
 FIRST_IMAGING_VISIT = 2
+_NO_VISIT = 1 << 31  # sessions such as 20190304123456789012 are no numbers of visits
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Phenotypes:
     bad_values: int = 0
 
 
-def join_phenotypes(path: Path, participants: Iterable[str], sessions: Iterable[str]) -> Phenotypes:
+def join_phenotypes(
+    path: Path, participants: Iterable[str], sessions: Iterable[str], sidecar: str | None = None
+) -> Phenotypes:
     """Read a table and look up each scan's participant in it.
 
     In a UK Biobank table the variables of `ingest.dictionary` are taken, each at the instance that is the scan's own
@@ -62,6 +66,8 @@ def join_phenotypes(path: Path, participants: Iterable[str], sessions: Iterable[
     participants, sessions
         Of the scans, in the order of the store's rows. A scan without a participant (one that was withdrawn) has no
         answers, and is not counted.
+    sidecar
+        The text of a JSON file that tells the ``Levels`` of columns, see `ingest.sidecar`.
 
     Raises
     ------
@@ -86,7 +92,7 @@ def join_phenotypes(path: Path, participants: Iterable[str], sessions: Iterable[
         values, variables = _ukb_variables(rows, ukb, names, [session for _, session in scans], notes)
         _note_names_left_out(names, ukb, notes)
     else:
-        values, variables = plain_variables(rows, names, notes)
+        values, variables = plain_variables(rows, names, notes, parse_levels(sidecar, notes))
     return Phenotypes(pd.DataFrame(values).reset_index(drop=True), variables, notes.lines, notes.bad_values)
 
 
@@ -104,7 +110,8 @@ def _ukb_variables(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     somebody = rows.index != ""
     dated = np.array([session.isdecimal() for session in sessions], bool)
-    instance_of_scan = np.array([int(s) if s.isdecimal() else FIRST_IMAGING_VISIT for s in sessions], np.int64)
+    visits = [min(int(s), _NO_VISIT) if s.isdecimal() else FIRST_IMAGING_VISIT for s in sessions]
+    instance_of_scan = np.array(visits, np.int64)
     without = int((~dated & somebody).sum())
     if without:
         notes.add(f"{without} scans have no session; they get the answers of instance {FIRST_IMAGING_VISIT}")
@@ -122,6 +129,11 @@ def _ukb_variables(
         if not columns:
             continue
         once = set(columns) == {0}
+        if once and len(variable.instances) > 1 and (instance_of_scan[somebody] > 0).any():
+            notes.add(
+                f"{variable.name} is there of instance 0 only, the first assessment, years before any scan; all scans "
+                "get it"
+            )
         values = np.full(len(rows), np.nan)
         for instance, places in columns.items():
             here = np.full(len(rows), True) if once else instance_of_scan == instance

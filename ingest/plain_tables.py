@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import pandas as pd
 from ingest.answers import MISSING, NO_ANSWER, agreed, coded, codes_of, normal
 from ingest.dictionary import BY_NAME, Variable
 from ingest.notes import Notes
+from ingest.sidecar import Levels
 
 _MAX_CATEGORIES = 20  # more different texts than this are names or remarks, not categories
 _MAX_NAME_BYTES = 255  # of a folder on most disks
 _SHOWN = 60  # characters of a name that is too long
+_NUMBER = re.compile(r"[+-]?\d{1,9}(\.\d{0,9})?", re.ASCII)
 _WITH_COMMA = re.compile(r"[+-]?\d[\d.]*(,[\d.]+)+", re.ASCII)  # 60,5 or 1,234.5
 
 
@@ -59,12 +61,14 @@ def _name_problem(name: str) -> str | None:
 
 
 def plain_variables(
-    rows: pd.DataFrame, names: Sequence[str], notes: Notes
+    rows: pd.DataFrame, names: Sequence[str], notes: Notes, levels: Levels
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Turn the columns of a plain table into numbers.
 
     Where most of the different answers are numbers, or the column is called like a variable of `ingest.dictionary`
-    that has no labels, all else in it is a bad value. Other columns are categories.
+    that has no labels, all else in it is a bad value. Other columns are categories. Codes for which there are levels
+    are what those say; for what is called like a variable with labels they are else taken for UK Biobank's, which is
+    told.
 
     Parameters
     ----------
@@ -72,6 +76,8 @@ def plain_variables(
         One per scan; columns are called by their position.
     names
         Of all columns of the table.
+    levels
+        By column, the labels of its codes.
     """
     columns: dict[str, list[int]] = {}
     for place in map(int, rows.columns):
@@ -84,9 +90,23 @@ def plain_variables(
         texts = [normal(rows[place]) for place in places]
         text = agreed([t.mask(t.isin(MISSING | NO_ANSWER)) for t in texts], [names[p] for p in places], notes)
         answers = pd.Series(text.dropna().unique(), dtype=object)
+        labels = _labels_of(levels.get(names[places[0]], {}), answers)
+        if labels and known and known.labels:
+            text = text.map(labels)  # which are read as any labels are: their codes are others here
+            answers = pd.Series(text.dropna().unique(), dtype=object)
+        elif labels:
+            codes = _codes_of_levels(labels)
+            table[name], variables[name] = text.map(codes), _level_attributes(codes, labels, known, source)
+            continue
         numeric = pd.to_numeric(answers, errors="coerce").notna()
         mostly = 2 * (numeric | answers.map(_WITH_COMMA.fullmatch).notna()).sum() > len(answers) or answers.empty
         if known and (mostly or not known.labels or (numeric | answers.isin(codes_of(known))).all()):
+            if known.labels and numeric.any():
+                codes_in_words = ", ".join(f"{code} {label}" for code, label in known.labels.items())
+                notes.add(
+                    f"the codes of {name!r} are taken for UK Biobank's: {codes_in_words}; if they mean something else, "
+                    "write words instead, or rename the column"
+                )
             table[name] = coded(text, name, known, notes, negative_is_missing=False)
             variables[name] = _known_attributes(known, source)
         elif mostly:
@@ -97,6 +117,39 @@ def plain_variables(
             codes = {label: float(code) for code, label in enumerate(sorted(answers))}
             table[name], variables[name] = text.map(codes), _category_attributes(codes, known, source)
     return table, variables
+
+
+def _labels_of(levels: Mapping[str, str], answers: pd.Series) -> dict[str, str]:
+    """Return the label of each answer, both in lower case; nothing if one has none."""
+    by_code = {_plain_code(code): " ".join(label.lower().split()) for code, label in levels.items()}
+    if answers.empty or not answers.map(_plain_code).isin(by_code).all():
+        return {}
+    return {answer: by_code[_plain_code(answer)] for answer in answers}
+
+
+def _plain_code(code: str) -> str:
+    """Make ``1``, ``01`` and ``1.0`` the same."""
+    code = code.strip().lower()
+    return f"{float(code):g}" if _NUMBER.fullmatch(code) else code
+
+
+def _codes_of_levels(labels: Mapping[str, str]) -> dict[str, float]:
+    """Return the number of each answer: its own, if all are whole ones, else by the order of the labels."""
+    if all(_NUMBER.fullmatch(answer) and float(answer).is_integer() for answer in labels):
+        return {answer: float(answer) for answer in labels}
+    order = {label: float(code) for code, label in enumerate(sorted(set(labels.values())))}
+    return {answer: order[label] for answer, label in labels.items()}
+
+
+def _level_attributes(
+    codes: Mapping[str, float], labels: Mapping[str, str], known: Variable | None, source: str
+) -> dict[str, Any]:
+    of_code = {str(int(code)): labels[answer] for answer, code in sorted(codes.items(), key=lambda item: item[1])}
+    return _attributes(known, source) | {
+        "coding": "levels of its JSON file",
+        "task": "binary" if len(of_code) == 2 else "multiclass",
+        "labels": of_code,
+    }
 
 
 def _numbers(text: pd.Series, name: str, notes: Notes) -> pd.Series:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ingest.convert import is_out_of_reach, pending_row
 from ingest.errors import StoreError
+from ingest.people import participant_key, session_key
 from ingest.scan import EXPECTED_ABSENCES, ScanRow, ScanSource
 
 _SETTLED = frozenset({"ok", "pending", "duplicate"}) | EXPECTED_ABSENCES
@@ -117,8 +118,9 @@ def _owners(known: Sequence[ScanRow], found: Sequence[ScanSource]) -> dict[tuple
 
 
 def _key(scan: ScanRow | ScanSource) -> tuple[str, str, str]:
-    return scan.participant, scan.session, scan.modality
+    """Return what tells scans apart, in all spellings."""
+    return participant_key(scan.participant), session_key(scan.session), scan.modality
 
 
 def _who(row: ScanRow) -> str:
-    return " ".join(filter(None, _key(row)))
+    return " ".join(filter(None, (row.participant, row.session, row.modality)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ingest.convert import ConvertedScan, convert_scan, load_volume, pending_row, volume_space
-from ingest.errors import ObjectStoreError, ScanError, StoreError
+from ingest.errors import CANNOT_WRITE, ObjectStoreError, ScanError, StoreError
 from ingest.existing import behind_links, check_people, check_same_settings, find_existing, grid_of, rank_of_store
 from ingest.grid import GRIDS, NATIVE, Grid
 from ingest.intensity import IntensityRule
@@ -24,7 +23,7 @@ from ingest.memory import plan_memory
 from ingest.phenotypes import participant_key
 from ingest.places import Place, as_place, local_copy
 from ingest.plan import make_plan
-from ingest.scan import ScanRow, ScanSource
+from ingest.scan import UNREADABLE_SOURCE, ScanRow, ScanSource
 from ingest.settings import IngestSettings, IngestSummary, Space
 from ingest.shard import remove_shard, shard_path
 from ingest.store import (
@@ -45,7 +44,6 @@ from ingest.workers import run_in_processes, run_in_threads
 _GONE_AFTER = 8  # scans that cannot be fetched, one after the other; each has been tried for most of a minute
 
 #: The disk is full, over quota, read-only, or not ours.
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def ingest(
@@ -177,7 +175,7 @@ def ingest(
             unread = []
             for number, converted in _while_reachable(results, source):
                 row = converted.row
-                if row.status == "read_error" and number in plan.kept:
+                if row.status in UNREADABLE_SOURCE and number in plan.kept:
                     unread.append((row.source, row.status, f"{row.error}; its volume of before is kept"))
                     row = plan.kept[number]
                 elif row.status != "ok" and number < len(known):
@@ -228,7 +226,7 @@ def _clear_write_errors(out: Place) -> Iterator[None]:
     except ObjectStoreError as error:
         raise StoreError(f"{error}; nothing that is done is lost: run the same command again") from error
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE:
             raise
         raise StoreError(
             f"{out} cannot be written: {error.strerror}; nothing that is done is lost: "

@@ -24,6 +24,9 @@ STATUSES = (
 #: Absences that every cohort has; they do not make a run fail.
 EXPECTED_ABSENCES = frozenset({"unusable", "missing_member", "withdrawn"})
 
+#: A file that gave a volume before and has one of these now may be damaged, or be written just now.
+UNREADABLE_SOURCE = frozenset({"read_error", "bad_archive", "bad_nifti"})
+
 
 @dataclass(frozen=True, slots=True)
 class ScanSource:

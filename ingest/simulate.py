@@ -26,6 +26,8 @@ from ingest.grid import FSL_MNI152_AFFINE
 from ingest.store import package_versions
 from ingest.template import load_template
 
+MOST_PARTICIPANTS = 900_000  # of whom each has a number of seven digits
+
 _README = """A SIMULATED cohort: deformed copies of the MNI152 template, no people.
 
 Age widens the lateral ventricles and lowers the contrast of grey and white matter. Sex changes the local shape of the
@@ -89,8 +91,10 @@ def simulate_cohort(
     """
     if layout not in list(SimulatedLayout):
         raise ValueError(f"layout {layout!r} is unknown, expected ukb or bids")
-    if not 1 <= participants <= 900_000:
-        raise ValueError(f"participants is {participants}, expected 1 to 900000")
+    if not 1 <= participants <= MOST_PARTICIPANTS:
+        raise ValueError(f"participants is {participants}, expected 1 to {MOST_PARTICIPANTS}")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, expected 0 or more")
     people = draw_people(participants, seed)
     visits = visits_of(people)
     effects = effects or Effects()

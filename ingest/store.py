@@ -28,7 +28,7 @@ from ingest.scan import ScanRow
 FORMAT = "brain-volumes"
 FORMAT_VERSION = 1
 
-#: Planes per slab: about 123 KB each, enough for a CPU and small enough for a GPU to have thousands in flight.
+#: Planes per slab: 61 KB each, enough for a CPU and small enough for a GPU to have thousands in flight.
 DEFAULT_SLAB = 2
 
 

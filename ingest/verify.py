@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import tempfile
@@ -29,7 +28,7 @@ from ingest.checks import (
 )
 from ingest.convert import convert_scan, pending_row
 from ingest.decode import decode_shard
-from ingest.errors import StoreError
+from ingest.errors import CANNOT_WRITE, StoreError
 from ingest.existing import behind_links
 from ingest.grid import Grid
 from ingest.intensity import IntensityRule
@@ -37,13 +36,15 @@ from ingest.layouts import Layout, find_scans
 from ingest.lock import store_lock
 from ingest.names import rank_of
 from ingest.places import Place, as_place
-from ingest.scan import EXPECTED_ABSENCES, ScanRow, ScanSource
+from ingest.scan import EXPECTED_ABSENCES, UNREADABLE_SOURCE, ScanRow, ScanSource
 from ingest.shard import remove_shard, shard_path
 from ingest.store import recover_store, set_attributes, write_scans
 
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 _BATCH = 1024  # scans handed to the threads at once: their results stay few
 _SAMPLE_SEED = 0
+
+#: Scans that are compared with their sources.
+SAMPLE = 20
 
 #: Columns that must come out of the source again. Quality numbers are left out: later versions may count otherwise.
 _FROM_SOURCE = ("participant", "session", "modality", "scale", "offset", "head_scale")
@@ -51,8 +52,6 @@ _FROM_SOURCE = ("participant", "session", "modality", "scale", "offset", "head_s
 #: A row with one of these has no volume worth keeping.
 _SHARD_LOST = frozenset({"shard_missing", "shard_damaged"})
 _REINGESTED = _SHARD_LOST | {"statistics_wrong", "source_changed", "voxels_differ"}
-#: A source with one of these may be the one that is damaged.
-_UNREADABLE_SOURCE = frozenset({"read_error", "bad_archive", "bad_nifti"})
 _REMOVED = frozenset({"shard_orphan", "leftover"})
 
 
@@ -112,7 +111,7 @@ def verify(
     store: str | Place,
     *,
     against: str | Place | None = None,
-    sample: int = 20,
+    sample: int = SAMPLE,
     repair: bool = False,
     threads: int | None = None,
     on_plan: Callable[[int], None] | None = None,
@@ -195,7 +194,7 @@ def _only_writer(store: Place) -> Iterator[None]:
             recover_store(store)
             yield
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE:
             raise
         raise StoreError(f"{store} cannot be repaired, for it cannot be written: {error.strerror}") from error
 
@@ -293,7 +292,7 @@ def _repair(tables: StoreTables, sources: _Sources, findings: list[Finding], poo
         for number, (row, is_simulated) in zip(
             batch, pool.map(lambda n: _again(tables, sources, n), batch), strict=True
         ):
-            if row.status in _UNREADABLE_SOURCE and number not in lost:
+            if row.status in UNREADABLE_SOURCE and number not in lost:
                 outcome[number] = (f"the source is {row.status}, so the sound volume is kept: {row.error}", False)
                 continue
             rows[number] = row

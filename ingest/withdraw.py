@@ -182,9 +182,14 @@ def _kind(store: Place) -> str:
             raise StoreError(f"{store} is no report of this package, so it is not touched; remove it yourself")
         return "report"
     meta = store / "zarr.json"
-    if meta.is_file() and json.loads(meta.read_text()).get("attributes", {}).get("format") == FORMAT:
-        check_format(json.loads(meta.read_text())["attributes"], store, name=FORMAT, known=FORMAT_VERSION)
-        return "volumes"
+    if meta.is_file():
+        try:
+            attrs = json.loads(meta.read_text())["attributes"]
+        except (ValueError, LookupError, TypeError):
+            raise StoreError(f"{meta} is damaged, so nobody can be removed; put it back, or delete {store}") from None
+        if attrs.get("format") == FORMAT:
+            check_format(attrs, store, name=FORMAT, known=FORMAT_VERSION)
+            return "volumes"
     if not isinstance(store, Path):
         raise StoreError(f"{store} holds no volumes; withdraw people from embeddings and reports on a local disk")
     if is_run(store):

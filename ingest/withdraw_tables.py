@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ingest.errors import StoreError
@@ -19,6 +21,10 @@ _COLUMN = "participant"
 _SPLIT, _RESULTS = "split.csv", "results.json"
 _PAGES = ("report.html", "curve.html")
 _CHECKPOINT = "last.pt"
+
+#: Test predictions of a cell of a curve, and what counts it as done, as `finetune.curves.cells` calls them.
+_CELL, _CELL_RECORD = "test.npz", "cell.json"
+_CELL_PEOPLE = "_participants"
 
 
 def is_table(path: Path) -> bool:
@@ -64,9 +70,9 @@ def remove_from_table(path: Path, people: frozenset[str]) -> tuple[set[str], int
 def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any], Any]) -> tuple[set[str], int, int]:
     """Remove people from the files of a run, and of all runs of a curve.
 
-    Their rows go from the split and the predictions, their file names from the reasons why scans were left out. Pages,
-    which show brains, go whole, and so does a checkpoint to go on from, which knows such reasons, too. What a network
-    has learnt from them stays in its weights: train again without them if that must go, too.
+    Their rows go from the split, the predictions, and the cells of a curve, their file names from the reasons why scans
+    were left out. Pages, which show brains, go whole, and so does a checkpoint to go on from, which knows such reasons,
+    too. What a network has learnt from them stays in its weights: train again without them if that must go, too.
 
     Parameters
     ----------
@@ -81,7 +87,7 @@ def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any
         Of the predictions, and of the pages.
     """
     found: set[str] = set()
-    rows = deleted = 0
+    deleted, rows = 0, sum(_remove_from_cell(cell, people) for cell in sorted(folder.rglob(_CELL)))
     for split in sorted(folder.rglob(_SPLIT)):
         run = split.parent
         for page in _PAGES:
@@ -93,11 +99,38 @@ def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any
         for name in (_RESULTS, "curve.json"):
             if (run / name).is_file():
                 _clean(run / name, without)
-        for table in run.glob("*.parquet"):
-            if is_table(table):
+        for table in [*run.glob("*.parquet"), *run.glob("*.csv")]:
+            if table != split and is_table(table):
                 rows += remove_from_table(table, people)[1]
         found |= remove_from_table(split, people)[0]  # the names, last
     return found, rows, deleted
+
+
+def _remove_from_cell(path: Path, people: frozenset[str]) -> int:
+    """Remove people from the predictions of a cell; one that does not say of whom they are goes whole, to be redone."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        raise StoreError(f"{path} is damaged; remove it, or the whole curve, by hand") from None
+    targets = [name.removesuffix(_CELL_PEOPLE) for name in arrays if name.endswith(_CELL_PEOPLE)]
+    if arrays and not targets:
+        path.with_name(_CELL_RECORD).unlink(missing_ok=True)
+        path.unlink()
+        return 0
+    removed = 0
+    for target in targets:
+        theirs = np.array([participant_key(who) in people for who in arrays[target + _CELL_PEOPLE]], bool)
+        removed += int(theirs.sum())
+        arrays |= {name: values[~theirs] for name, values in arrays.items() if name.startswith(f"{target}_")}
+    if removed:
+
+        def write(aside: Path) -> None:
+            with open(aside, "wb") as file:  # a name that does not end in .npz would get that added
+                np.savez_compressed(file, **arrays)
+
+        _replace(path, write)
+    return removed
 
 
 def _clean(path: Path, without: Callable[[Any], Any]) -> None:

@@ -63,6 +63,7 @@ def make_cells(
             rows=rows,
             people=rows,
             groups=rows,
+            participants=rows.astype(str),
             truth=truth,
             predicted=np.stack([1 - share, share], axis=1) if binary else 62 + 8 * value,
         )

@@ -37,6 +37,7 @@ from ingest.grid import Grid
 from ingest.scan import ScanRow
 from ingest.shard import shard_path, write_shard
 from ingest.store import create_store, open_store, resize_store, set_attributes, write_phenotypes, write_scans
+from ingest.withdraw import withdraw
 from loaders import View
 
 SHAPE = (16, 20, 16)
@@ -116,6 +117,21 @@ def finished(store: Path, settings: FinetuneSettings, tmp_path_factory: pytest.T
     return run_dir
 
 
+def test_who_withdraws_is_gone_from_every_cell(finished, store, tmp_path):
+    shutil.copytree(finished, tmp_path / "curve")
+    gone = next(who for who, part in read_split(finished / "split.csv").part_of.items() if part == "test")
+    (tmp_path / "w.csv").write_text(f"eid\n{gone}\n")
+    withdraw(tmp_path / "w.csv", [tmp_path / "curve"])
+    rows = np.flatnonzero(open_store(store).scans["participant"].to_numpy().astype(str) == gone)
+    before, after = read_curve(finished), read_curve(tmp_path / "curve")
+    for target in (target for cell in after.cells for target in cell.targets):
+        assert not np.isin(rows, target.rows).any()
+        assert gone not in target.participants
+    assert [curve.people for curve in after.targets] == [curve.people - 1 for curve in before.targets]
+    files = [path for path in (tmp_path / "curve").rglob("*") if path.is_file() and path.suffix != ".npz"]
+    assert not any(gone.encode() in path.read_bytes() for path in files)
+
+
 def test_all_methods_and_sizes_are_tested_on_the_same_people_and_trained_on_nested_ones(finished, store):
     scans = open_store(store).scans
     who = scans["participant"].to_numpy().astype(str)
@@ -140,8 +156,9 @@ def test_all_methods_and_sizes_are_tested_on_the_same_people_and_trained_on_nest
 def _trained_on(store, result, cell):
     from finetune.cohort import read_cohort
 
-    cohort = read_cohort(open_store(store), result.plan.settings_of(cell, result.run_dir))
-    return cohort.participants[cohort.part == "train"]
+    volumes = open_store(store)
+    cohort = read_cohort(volumes, result.plan.settings_of(cell, result.run_dir))
+    return volumes.scans["participant"].to_numpy().astype(str)[cohort.rows_of("train")]
 
 
 def test_a_cell_is_the_run_that_finetune_makes_even_if_it_was_stopped(finished, store, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from finetuning import assert_same_run, call_command, contents, make_brains, run_tiny, stop_after, tiny_settings
 from finetuning import store as store  # a fixture
@@ -15,6 +16,7 @@ from finetune.curves import CurveSettings, read_curve, run_curve
 from finetune.export import export_run
 from finetune.predict import predict_to
 from finetune.run import finetune
+from finetune.split import read_split
 from ingest.errors import StoreBusyError, StoreError
 from ingest.lock import store_lock
 from ingest.store import open_store, write_phenotypes
@@ -93,4 +95,20 @@ def test_phenotypes_that_have_changed_are_found_out(tmp_path):
     table = open_store(tmp_path / "s.zarr")
     write_phenotypes(tmp_path / "s.zarr", table.phenotypes.assign(age=table.phenotypes["age"] * 2), table.variables)
     with pytest.raises(StoreError, match=r"r was begun with other values of age.*--overwrite"):
+        finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False)
+
+
+def test_labels_that_are_exchanged_are_found_out(tmp_path):
+    """Means and frequencies stay the same, as after an ingest of a corrected table."""
+    make_brains(tmp_path / "s.zarr")
+    settings = tiny_settings(target="age", checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False, on_progress=stop_after(2))
+    table = open_store(tmp_path / "s.zarr")
+    split = read_split(tmp_path / "r" / "split.csv").parts(table.scans["participant"])
+    one, other = np.flatnonzero(split == "test")[:2]
+    age = table.phenotypes["age"].to_numpy().copy()
+    age[[one, other]] = age[[other, one]]
+    write_phenotypes(tmp_path / "s.zarr", table.phenotypes.assign(age=age), table.variables)
+    with pytest.raises(StoreError, match=r"r was begun with other scans, or other values of age.*--overwrite"):
         finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False)

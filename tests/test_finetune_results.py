@@ -138,6 +138,23 @@ def test_counts_are_scored_as_probes_score_them():
     assert count.metrics["mae"].score == pytest.approx(np.abs(truth - predicted).mean())
 
 
+def test_families_are_drawn_as_wholes():
+    """Four of a family say the same: as people they would make the interval half as wide."""
+    rng = np.random.default_rng(0)
+    family = np.repeat(np.arange(30), 4)
+    truth, predicted = rng.normal(size=(2, 30))[:, family]
+    head = Head("age", "continuous")
+    found, narrow = (
+        score_head(head, truth, predicted, np.arange(120), units=units, bootstrap=500) for units in (family, None)
+    )
+    assert found.participants == narrow.participants == 120
+    once = score_head(head, truth[::4], predicted[::4], np.arange(30), bootstrap=500)
+    assert found.metrics["r"].low == pytest.approx(once.metrics["r"].low)
+    assert found.metrics["r"].high == pytest.approx(once.metrics["r"].high)
+    of_people, of_families = (one.metrics["r"].high - one.metrics["r"].low for one in (narrow, found))
+    assert of_people < 0.7 * of_families
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_perfect_score_of_few_people_is_no_certainty(classes):
     """The exact interval of as many successes as people of the smallest class (Clopper & Pearson)."""

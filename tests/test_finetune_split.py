@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from finetune.cohort import Cohort, read_cohort, strata_of_units
 from finetune.predictions import check_names
 from finetune.split import PARTS, Split, read_split, split_people, training_people, write_split
-from ingest.store import VolumeStore, open_store, write_phenotypes
+from ingest.store import VolumeStore, open_store, rows_of, write_phenotypes, write_scans
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,34 @@ def test_a_split_is_written_and_used_again(store, tmp_path):
     of_run = read_cohort(store, tiny_settings(seed=5), tmp_path / "split.csv")
     assert parts_by_row(of_run) == parts_by_row(first)
     assert first.warnings == again.warnings == []
+
+
+def test_a_person_is_one_in_all_spellings(tmp_path):
+    """As phenotypes and withdrawals have it: ``sub-p03`` and ``p03`` are the same."""
+    path = tmp_path / "s.zarr"
+    make_brains(path)
+    rows = rows_of(open_store(path).scans)
+    write_scans(path, [replace(row, participant=f"sub-{row.participant}") for row in rows[:PEOPLE]] + rows[PEOPLE:])
+    cohort = read_cohort(open_store(path), tiny_settings())
+    assert sum(cohort.people().values()) == PEOPLE
+    part, who = parts_by_row(cohort), people_of_scans()
+    for row in range(PEOPLE, SCANS):
+        assert part[row] == part[who[row]], "another scan of the same person"
+    assert len(cohort.split.part_of) == PEOPLE
+    write_split(
+        tmp_path / "s.csv",
+        Split({f"sub-{who.removeprefix('sub-')}": name for who, name in cohort.split.part_of.items()}),
+    )
+    again = read_cohort(open_store(path), tiny_settings(split=str(tmp_path / "s.csv")))
+    assert parts_by_row(again) == part
+    assert again.warnings == []
+
+
+def test_people_whom_the_table_of_families_lacks_are_told(store, tmp_path):
+    lines = [f"sub-p{k:02},{k // 2}\n" for k in range(PEOPLE - 3)]
+    (tmp_path / "f.csv").write_text("subject_id,family\n" + "".join(lines))
+    (warning,) = read_cohort(store, tiny_settings(groups=str(tmp_path / "f.csv"))).warnings
+    assert "19 groups in f.csv: 3 of 40 people are not in it" in warning
 
 
 def test_people_who_are_not_in_the_split_are_left_out_and_told(store, tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
-from joined_table import join, told
+from joined_table import PARTICIPANTS, SESSIONS, join, told
 
 from ingest.dictionary import BY_FIELD
 from ingest.errors import TableError
-from ingest.phenotypes import parse_ukb_column
+from ingest.phenotypes import join_phenotypes, parse_ukb_column
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,48 @@ def test_other_arrays_are_not_mistaken_for_the_first(tmp_path):
     np.testing.assert_array_equal(found.table["fluid_intelligence"][[0, 2]], [7, np.nan])
     with pytest.raises(TableError, match="none of the known UK Biobank fields"):
         join(tmp_path, "eid,p20016_i2_a1\n9000001,1\n")
+
+
+def test_codes_of_other_tables_are_taken_for_uk_biobanks_and_that_is_told(tmp_path):
+    found = join(tmp_path, "participant,sex\n9000001,0\n9000002,1\n9000003,1\n")
+    assert found.table["sex"].tolist() == [0, 0, 1, 1]
+    assert told(found, "the codes of 'sex' are taken for UK Biobank's: 0 female, 1 male", "rename the column")
+    found = join(tmp_path, "participant,sex\n9000001,female\n9000002,male\n9000003,male\n")
+    assert found.table["sex"].tolist() == [0, 0, 1, 1]
+    assert found.warnings == []
+    found = join(tmp_path, "participant,sex\n9000001,1\n9000002,2\n9000003,2\n")
+    assert told(found, "not understood", "rename the column if it tells something else")
+
+
+def levels(tmp_path, text: str, sidecar: object):
+    (tmp_path / "p.csv").write_text(text)
+    written = sidecar if isinstance(sidecar, str) else json.dumps(sidecar)
+    return join_phenotypes(tmp_path / "p.csv", PARTICIPANTS, SESSIONS, written)
+
+
+def test_levels_tell_what_codes_mean(tmp_path):
+    found = levels(
+        tmp_path,
+        "participant,sex,smoking,hand,stage\n9000001,0,1,R,3\n9000002,1,2,L,1.0\n9000003,1,n/a,R,2\n",
+        {
+            "sex": {"Levels": {"0": "male", "1": "female"}},
+            "smoking": {"Levels": {"1": {"Description": "Never"}, "2": {"Description": "Current"}}},
+            "hand": {"Levels": {"L": "left", "R": "right"}},
+            "stage": {"Levels": {"1": "none", "2": "mild", "3": "severe"}},
+        },
+    )
+    assert found.table["sex"].tolist() == [1, 1, 0, 0], "UK Biobank's code of male is 1"
+    np.testing.assert_array_equal(found.table["smoking"], [0, 0, 2, np.nan])
+    assert found.table["hand"].tolist() == [1, 1, 0, 1]
+    assert found.variables["hand"]["labels"] == {"0": "left", "1": "right"}
+    assert found.table["stage"].tolist() == [3, 3, 1, 2]
+    assert found.variables["stage"]["labels"] == {"1": "none", "2": "mild", "3": "severe"}
+    assert found.variables["stage"]["task"] == "multiclass"
+    assert found.warnings == []
+
+
+def test_levels_that_lack_a_code_or_cannot_be_read_tell_nothing(tmp_path):
+    text = "participant,stage\n9000001,3\n9000002,1\n9000003,2\n"
+    found = levels(tmp_path, text, {"stage": {"Levels": {"1": "none", "2": "mild"}}, "x": 3})
+    assert (found.table["stage"].tolist(), found.variables["stage"]["labels"]) == ([3, 3, 1, 2], None)
+    assert told(levels(tmp_path, text, "{"), "the JSON file beside it is damaged")

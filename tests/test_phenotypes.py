@@ -129,3 +129,21 @@ def test_names_beside_numbered_fields_are_told(tmp_path):
     np.testing.assert_array_equal(found.table["age"], [60, np.nan, 50, 40])
     np.testing.assert_array_equal(found.table["sex"], [1, 1, 1, 0])  # a title of the Platform
     assert told(found, "columns left out: 'age'")
+
+
+def test_answers_of_the_first_assessment_are_told(tmp_path):
+    found = join(tmp_path, "eid,21003-0.0,31-0.0\n9000001,50,0\n9000002,51,1\n9000003,52,1\n")
+    assert found.table["age"].tolist() == [50, 50, 51, 52]
+    assert told(found, "age is there of instance 0 only")
+    assert not told(found, "sex is there"), "which is asked once"
+
+
+def test_sessions_may_be_of_any_length(tmp_path):
+    (tmp_path / "p.csv").write_text("eid,21003-2.0\n9000001,60\n")
+    found = join_phenotypes(tmp_path / "p.csv", ["9000001"] * 2, ["20190304123456789012", "2"])
+    np.testing.assert_array_equal(found.table["age"], [np.nan, 60])
+
+
+def test_rows_that_all_have_a_field_more_are_named(tmp_path):
+    with pytest.raises(TableError, match=r"no rows that fit it: 3 rows have more or fewer fields than the 2"):
+        join(tmp_path, "eid,31-0.0\n" + "".join(f"{k},900000{k},1\n" for k in (1, 2, 3)))

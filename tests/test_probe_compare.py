@@ -86,6 +86,11 @@ def test_the_modality_counts_only_where_it_must(good):
     assert len(align({"a": both, "b": both})[0]["a"].features) == 110
 
 
+def test_people_and_visits_are_the_same_in_all_spellings(good):
+    spelt = good.scans.assign(participant="sub-" + good.scans["participant"], session="ses-" + good.scans["session"])
+    assert len(align({"a": good, "b": replace(good, scans=spelt)})[0]["b"].features) == 110
+
+
 def test_strangers_have_nothing_in_common(good):
     others = replace(good, scans=good.scans.assign(participant="x" + good.scans["participant"]))
     with pytest.raises(ValueError, match="good and others have no scan in common"):

@@ -49,6 +49,24 @@ def test_families_by_number(tmp_path, text):
     assert len(set(together)) == 9
 
 
+def test_people_are_known_in_all_spellings_and_strangers_are_told(tmp_path):
+    (tmp_path / "f.csv").write_text("Subject_ID,family,\nsub-9000000,1,,\n9000004.0,1,,\n9000002,2,,\n")
+    groups = read_groups(people_of(), tmp_path / "f.csv")
+    assert groups.together[0] == groups.together[4]
+    (warning,) = groups.about_strangers()
+    assert warning.startswith("2 groups in f.csv: 7 of 10 people are not in it")
+    settings = ProbeSettings(groups=str(tmp_path / "f.csv"))
+    assert warning in doubts({"e": people_of(age=np.arange(10))}, [], tasks={}, settings=settings)
+
+
+def test_one_person_in_two_spellings_is_one():
+    embeddings = people_of()
+    ids = ["sub-9000000", "9000000", *(f"900000{i}" for i in range(2, 10))]
+    groups = read_groups(replace(embeddings, scans=embeddings.scans.assign(participant=ids)), None)
+    assert groups.people[0] == groups.people[1]
+    assert groups.people.max() == 8
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

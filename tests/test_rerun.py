@@ -68,20 +68,22 @@ def listed(path: Path, *people: str) -> Path:
 # ---- sources that are away
 
 
-@pytest.mark.parametrize("how", ["broken link", "fifo"])
+@pytest.mark.parametrize("how", ["broken link", "fifo", "cut off"])
 def test_a_volume_is_kept_while_its_file_cannot_be_read(source, store, how):
     before = everything(store)
     file = source / "p1.nii.gz"
     file.rename(source.parent / "away.nii.gz")
     if how == "broken link":
         file.symlink_to(source / "nowhere")
+    elif how == "cut off":
+        file.write_bytes((source.parent / "away.nii.gz").read_bytes()[:-2000])
     else:
         os.mkfifo(file)
     for _ in range(2):
         summary = ingest(source, store)
         assert not summary.clean
         ((name, reason, why),) = summary.failures
-        assert (name, reason) == ("p1.nii.gz", "read_error")
+        assert (name, reason) == ("p1.nii.gz", "bad_nifti" if how == "cut off" else "read_error")
         assert "its volume of before is kept" in why
         assert everything(store) == before
     file.unlink()
@@ -173,6 +175,15 @@ def test_a_manifest_that_is_put_right_puts_the_store_right(source, tmp_path):
     ingest(manifest(source / "m.csv", p0="b", p1="b", p2="c"), out)
     assert status(out) == {"p0.nii.gz": "ok", "p1.nii.gz": "duplicate", "p2.nii.gz": "ok"}
     assert not shard_path(out, 1).exists()
+
+
+def test_one_scan_in_two_spellings_is_a_duplicate(tmp_path):
+    for number in range(2):
+        add_scan(tmp_path / f"{number}.nii.gz", number)
+    text = "path,participant,session\n0.nii.gz,sub-9000001,ses-2\n1.nii.gz,9000001,2.0\n"
+    (tmp_path / "m.csv").write_text(text)
+    ingest(tmp_path / "m.csv", tmp_path / "s.zarr")
+    assert status(tmp_path / "s.zarr") == {"0.nii.gz": "ok", "1.nii.gz": "duplicate"}
 
 
 def test_scans_of_two_manifests_with_the_same_names_do_not_replace_each_other(tmp_path):

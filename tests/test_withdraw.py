@@ -324,17 +324,30 @@ def test_the_folder_of_a_run_loses_them_with_its_pages_and_a_checkpoint_to_go_on
         pd.DataFrame({"row": [0, 1], "participant": PEOPLE[:2]}).to_parquet(run / "predictions.parquet")
         (run / "report.html").write_text("brains")
         (run / "best.pt").write_bytes(b"weights")
+    pd.DataFrame({"row": [0, 1], "participant": PEOPLE[:2]}).to_csv(runs[0] / "all.csv")
+    arrays = {"0_rows": np.arange(3), "0_truth": np.arange(3.0), "0_participants": np.array(PEOPLE[:3])}
+    np.savez(runs[1] / "test.npz", **arrays)
+    older = place / "curve" / "probe" / "n2" / "seed0"
+    older.mkdir(parents=True)
+    np.savez(older / "test.npz", **{"0_rows": np.arange(3)})  # does not say of whom it is
+    (older / "cell.json").write_text("{}")
     (runs[0] / "last.pt").write_bytes(b"weights")
     (runs[1] / "last.pt").write_bytes(b"skipped: " + GONE.encode())  # of a run that is not finished
     (runs[0] / "results.json").write_text(json.dumps({"skipped": {"1": f"row 1 ({GONE}.nii.gz) is damaged"}}))
     shutil.copytree(place / "e.zarr", place / "curve" / "embeddings.zarr")
     record = withdraw(place / "w1234_20261124.csv", [place / "curve"])
-    assert {one.kind: (one.people, one.scans) for one in record.removals} == {"embeddings": (1, 1), "run": (1, 2)}
+    assert {one.kind: (one.people, one.scans) for one in record.removals} == {"embeddings": (1, 1), "run": (1, 4)}
+    with np.load(runs[1] / "test.npz") as cell:
+        kept = np.array([who != GONE for who in PEOPLE[:3]])
+        assert {name: cell[name].tolist() for name in cell.files} == {
+            name: values[kept].tolist() for name, values in arrays.items()
+        }
     left = [path for path in (place / "curve").rglob("*") if path.is_file()]
     assert not any(GONE.encode() in path.read_bytes() for path in left)
     names = {str(path.relative_to(place / "curve")) for path in left if "embeddings" not in str(path)}
     own = {"split.csv", "predictions.parquet", "best.pt"}
-    assert names == own | {"results.json", "last.pt"} | {f"scratch/n2/seed0/{name}" for name in own}
+    of_cell = {f"scratch/n2/seed0/{name}" for name in own | {"test.npz"}}
+    assert names == own | {"results.json", "last.pt", "all.csv"} | of_cell
     assert read_split(runs[1] / "split.csv").part_of.keys() == set(PEOPLE) - {GONE}
 
 

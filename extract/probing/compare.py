@@ -20,6 +20,7 @@ from extract.probing.probe import probe, summarise_regressions
 from extract.probing.results import Interval, TargetResult
 from extract.probing.scores import paired_interval
 from extract.probing.settings import ProbeSettings
+from ingest.people import participant_key, session_key
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,10 @@ def differences(probed: Sequence[Probed]) -> list[Difference]:
     ]
 
 
+#: By column: what is one person or visit in all spellings.
+_SPELT_ALIKE: dict[str, Callable[[object], str]] = {"participant": participant_key, "session": session_key}
+
+
 def _keys(named: Mapping[str, Embeddings]) -> dict[str, list[tuple[str, ...]]]:
     """Return what identifies each scan in all embeddings alike."""
     stores = {(embeddings.attrs.get("store") or {}).get("id") for embeddings in named.values()}
@@ -259,7 +264,7 @@ def _keys(named: Mapping[str, Embeddings]) -> dict[str, list[tuple[str, ...]]]:
 
 
 def _column_keys(scans: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(zip(*(scans[column].astype(str) for column in columns), strict=True))
+    return list(zip(*(scans[column].map(_SPELT_ALIKE.get(column, str)) for column in columns), strict=True))
 
 
 def _other_values(first: str, ours: pd.DataFrame, name: str, theirs: pd.DataFrame) -> list[str]:

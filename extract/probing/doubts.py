@@ -99,7 +99,7 @@ def _lone_groups(embeddings: Embeddings, settings: ProbeSettings) -> list[str]:
         return []
     groups = read_groups(embeddings, settings.groups, settings.kinship)
     if groups.together.max() < groups.people.max():
-        return []
+        return groups.about_strangers()
     return [
         f"{groups.note}: no two of the people here are in one group, so folds are as without --groups; {groups.advice}"
     ]

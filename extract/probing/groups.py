@@ -14,12 +14,14 @@ from extract.checks import as_numbers
 from extract.embeddings import Embeddings
 from extract.probing.settings import THIRD_DEGREE
 from extract.probing.targets import column_of
+from ingest.people import participant_key
+from ingest.ukb_columns import find_id_column
 
 #: Groups are few below this number, and large from so many people on average.
 FEW_GROUPS = LARGE_GROUPS = 20
 
-_PARTICIPANT = ("participant", "participant_id", "eid", "iid")
 _NOBODY = ("", "nan", "None", "<NA>")  # what a missing id is as a text
+_MEMBER = ("iid",)  # of PLINK's tables, beside what phenotype tables call it
 _GROUP = ("group", "family", "family_id", "fid")
 
 
@@ -30,7 +32,7 @@ class Groups:
     Attributes
     ----------
     people
-        Participants, 0 ... people-1.
+        Participants, 0 ... people-1; ``sub-01`` and ``01`` are one.
     together
         Groups that are never split, 0 ... groups-1.
     units
@@ -43,6 +45,8 @@ class Groups:
         Of the groups in words; empty where they are the participants.
     advice
         What may help where no two people are in one group.
+    strangers
+        People whom a table of groups does not name: each is alone. (Tables of pairs name those who are related only.)
     """
 
     people: np.ndarray
@@ -51,6 +55,17 @@ class Groups:
     blocks: np.ndarray
     note: str = ""
     advice: str = ""
+    strangers: int = 0
+
+    def about_strangers(self) -> list[str]:
+        """Return a warning, if there are people whom the table of groups does not name."""
+        if not self.strangers:
+            return []
+        people = int(self.people.max()) + 1
+        return [
+            f"{self.note}: {self.strangers} of {people} people are not in it, and taken for people who belong to "
+            "nobody; add them, if they have relatives here"
+        ]
 
     def rows(self, chosen: np.ndarray) -> Groups:
         """Return those of some scans (a mask), numbered anew without gaps."""
@@ -79,16 +94,16 @@ def read_groups(embeddings: Embeddings, groups: str | Path | None, kinship: floa
         file, the file is no such table or knows none of the people, or everybody is in one group.
     """
     participants = _participants(embeddings)
-    names, people = np.unique(participants, return_inverse=True)
+    names, people = np.unique(np.array([participant_key(who) for who in participants]), return_inverse=True)
     alone = np.zeros(len(people), dtype=np.int64)
     if groups is None:
         return Groups(people, people, people, alone)
     path = Path(groups)
     if path.is_file():
-        first, second, note, advice = _read_table(path, names, kinship)
+        first, second, note, advice, strangers = _read_table(path, names, kinship)
         together = _components(first, second, len(names))[people]
         _check(together, note)
-        return replace(_units_and_blocks(people, together, note), advice=advice)
+        return replace(_units_and_blocks(people, together, note), advice=advice, strangers=strangers)
     if kinship is not None:
         raise ValueError(f"kinship={kinship} needs groups from a table with a column Kinship, not {str(groups)!r}")
     try:
@@ -143,14 +158,27 @@ def _components(first: np.ndarray, second: np.ndarray, nodes: int) -> np.ndarray
     return connected_components(links, directed=False)[1].astype(np.int64)
 
 
-def _read_table(path: Path, names: np.ndarray, kinship: float | None) -> tuple[np.ndarray, np.ndarray, str, str]:
-    """Return linked people, by their places in `names`, what they are in words, and what helps if there are none."""
+def _read_table(path: Path, names: np.ndarray, kinship: float | None) -> tuple[np.ndarray, np.ndarray, str, str, int]:
+    """Read a table of groups or pairs.
+
+    Returns
+    -------
+    first, second : numpy.ndarray
+        Linked people, by their places in `names`.
+    note, advice : str
+        What they are in words, and what helps if there are none.
+    strangers : int
+        How many people a table of groups does not name.
+    """
     advice = "expected a table with the participants of these scans"
     try:
         with path.open(encoding="utf-8-sig") as file:
             header = file.readline()
         separator = next((mark for mark in "\t,;" if mark in header), r"\s+")
-        table = pd.read_csv(path, sep=separator, dtype=str, encoding="utf-8-sig", skipinitialspace=True)
+        table = pd.read_csv(
+            path, sep=separator, dtype=str, encoding="utf-8-sig", skipinitialspace=True,
+            index_col=False,  # or rows that end in separators would begin a column early
+        )  # fmt: skip
     except (ValueError, OSError) as error:  # pandas' parser errors, empty files and undecodable texts are ValueErrors
         raise ValueError(
             f"the groups in {path} cannot be read: {error}; expected a text table with a header"
@@ -182,26 +210,30 @@ def _read_table(path: Path, names: np.ndarray, kinship: float | None) -> tuple[n
             raise ValueError(_stranger(path, table["id1"].iloc[0], names))
         both = (first >= 0) & (second >= 0)
         note = f"families of {int(both.sum())} related pairs in {path.name}{of}"
-        return first[both], second[both], note, advice
-    participant = next((name for name in _PARTICIPANT if name in table.columns), None)
+        return first[both], second[both], note, advice, 0
+    place_of_ids = find_id_column(list(table.columns))
+    participant = next((name for name in _MEMBER if name in table.columns), None)
+    if place_of_ids is not None:
+        participant = table.columns[place_of_ids]
     group = next((name for name in _GROUP if name in table.columns), None)
     if participant is None or group is None:
         raise ValueError(
             f"{path} has the columns {', '.join(table.columns)}; expected participant and group, or ID1, ID2, Kinship"
         )
-    who = _places(table[participant], place)
-    known = (who >= 0) & table[group].notna().to_numpy()
+    named = _places(table[participant], place)
+    known = (named >= 0) & table[group].notna().to_numpy()
     if not known.any():
         raise ValueError(_stranger(path, table[participant].iloc[0] if len(table) else "", names))
-    who, family = who[known], np.unique(table[group].to_numpy()[known].astype(str), return_inverse=True)[1]
+    who, family = named[known], np.unique(table[group].to_numpy()[known].astype(str), return_inverse=True)[1]
     representative = np.zeros(family.max() + 1, dtype=np.int64)
     representative[family] = who  # everyone is linked to one member of the family
-    return who, representative[family], f"{family.max() + 1} groups in {path.name}", advice
+    strangers = len(names) - len(np.unique(named[named >= 0]))
+    return who, representative[family], f"{family.max() + 1} groups in {path.name}", advice, strangers
 
 
 def _places(column: pd.Series, place: dict[str, int]) -> np.ndarray:
     """Return the place of each participant, -1 for those without scans."""
-    return np.array([place.get(str(name).strip(), -1) for name in column], dtype=np.int64)
+    return np.array([place.get(participant_key(name), -1) for name in column], dtype=np.int64)
 
 
 def _stranger(path: Path, name: object, names: np.ndarray) -> str:

@@ -13,6 +13,7 @@ from ingest.dictionary import BY_NAME
 from ingest.errors import TableError
 from ingest.phenotypes import join_phenotypes
 from ingest.places import Place, local_copy
+from ingest.sidecar import read_sidecar
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def join_table(embeddings: Embeddings, table: Place) -> Joined:
     scans = embeddings.scans
     sessions = scans["session"].astype(str) if "session" in scans else [""] * len(scans)
     with local_copy(table) as copy:
-        found = join_phenotypes(copy, scans["participant"].astype(str), sessions)
+        found = join_phenotypes(copy, scans["participant"].astype(str), sessions, read_sidecar(table))
     if not len(found.table.columns):
         raise TableError(f"{table} has no column beside those of who and when; expected phenotypes, a column each")
     kept = without_variables(embeddings, found.table.columns)

@@ -51,6 +51,8 @@ class TargetScores:
         that are the same in all cells.
     truth, predicted
         float64 (scan,) codes or values; (scan, class) probabilities or (scan,) values.
+    participants
+        Text (scan,), by which those who withdraw are found.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TargetScores:
     groups: np.ndarray
     truth: np.ndarray
     predicted: np.ndarray
+    participants: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def write_cell(run_dir: Path, result: CellResult) -> None:
     arrays = {
         f"{i}_{name}": getattr(target, name)
         for i, target in enumerate(result.targets)
-        for name in ("rows", "people", "groups", "truth", "predicted")
+        for name in ("rows", "people", "groups", "truth", "predicted", "participants")
     }
 
     def write_arrays(path: Path) -> None:
@@ -180,6 +183,7 @@ def read_cell(run_dir: Path, cell: Cell) -> CellResult:
                     groups=arrays[f"{i}_groups"],
                     truth=arrays[f"{i}_truth"],
                     predicted=arrays[f"{i}_predicted"],
+                    participants=arrays.get(f"{i}_participants", np.empty(0, np.str_)),  # older cells do not say
                 )
                 for i, known in enumerate(document["targets"])
             )

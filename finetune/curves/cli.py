@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ console = Console()
 errors = Console(stderr=True)
 
 
-@with_settings
+@functools.partial(with_settings, without=("bootstrap",))  # it draws people itself, see --draws
 def curve_command(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A store made by ingest, or s3://bucket/store.zarr")],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the curve; many may work on one.")],

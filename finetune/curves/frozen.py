@@ -15,7 +15,7 @@ from extract.embeddings import read_tables
 from extract.encoder import InputWarning
 from extract.models import family_of
 from extract.probing.cross_validation import fit_classes, left_out
-from extract.probing.groups import Groups, read_groups
+from extract.probing.groups import Groups
 from extract.probing.linear import ridge
 from extract.probing.logistic import probabilities
 from extract.probing.results import TargetResult
@@ -23,7 +23,7 @@ from extract.probing.targets import Target
 from extract.resume import extract_to
 from extract.run import wanted_rows
 from extract.timing import Timing
-from finetune.cohort import Cohort, as_table
+from finetune.cohort import Cohort
 from finetune.evaluate import score_head
 from finetune.heads import make_head
 from finetune.settings import FinetuneSettings
@@ -131,7 +131,6 @@ def probe_cell(store: VolumeStore, embeddings: Embeddings, cohort: Cohort, setti
         row = int(missing[0])
         why = reasons.get(row, "it was not there when the others were extracted")
         raise ValueError(f"{len(missing)} scans have no embedding, the first is row {row}: {why}")
-    groups = read_groups(as_table(store, cohort.rows), settings.groups, settings.kinship)
     results, penalties = [], {}
     for target in cohort.targets:
         known = there & target.present
@@ -140,14 +139,14 @@ def probe_cell(store: VolumeStore, embeddings: Embeddings, cohort: Cohort, setti
         of_train = train[train | test]
         head = make_head(target, train)
         predicted, penalties[target.name] = _fit(
-            features[of_train], features[~of_train], target, groups.rows(train), train, settings.seed
+            features[of_train], features[~of_train], target, cohort.groups.rows(train), train, settings.seed
         )
         results.append(
             score_head(
                 head,
                 target.values[test],
                 predicted,
-                cohort.participants[test],
+                cohort.groups.people[test],
                 bootstrap=0,
                 rows=cohort.rows[test],
             )

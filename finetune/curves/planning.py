@@ -32,8 +32,8 @@ PLAN, SPLIT = "plan.json", "split.csv"
 #: Before what is noted of weights, to find it again where they are gone.
 _OF_WEIGHTS = "of the weights: "
 
-#: Settings that processes may have of their own. (The split is compared by what is in it.)
-_OWN = (*FREE, "split")
+#: Settings that processes may have of their own, or that do not matter. (The split is compared by what is in it.)
+_OWN = (*FREE, "split", "bootstrap")
 
 _PATIENCE_S = 0.1  # between two looks at a lock that is held for moments
 
@@ -80,7 +80,7 @@ class Plan:
     def settings_of(self, cell: Cell, run_dir: Path) -> FinetuneSettings:
         """Return the settings of one training."""
         of_method = from_scratch(self.settings, self.scratch_lr) if cell.method == "scratch" else self.settings
-        own = {"train_people": cell.size, "seed": cell.seed, "split": str((run_dir / SPLIT).resolve())}
+        own = {"train_people": cell.size, "seed": cell.seed, "split": str((run_dir / SPLIT).resolve()), "bootstrap": 0}
         return of_method.model_copy(update=own)
 
     def to_json(self) -> dict[str, Any]:

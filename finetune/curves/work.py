@@ -214,6 +214,7 @@ class Work:
             groups=self.groups[rows],
             truth=np.asarray(found.truth, np.float64),
             predicted=np.asarray(found.predicted, np.float64),
+            participants=self.store.scans["participant"].to_numpy().astype(str)[rows],
         )
 
 
