@@ -181,9 +181,10 @@ def _print_summary(out: Path, encoder: Encoder, summary: ExtractSummary, *, as_j
         + (", simulated data" if simulated else ""),
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
     if summary.embedded:
-        console.print(summary.timing.in_words(), soft_wrap=True, highlight=False)
+        console.print(summary.timing.in_words(), soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from ingest.errors import StoreError
 from ingest.lock import store_lock
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store
+from loaders.opening import choose_backend
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def extract_to(
     """
     started = time.perf_counter()
     check_suffix(out)
+    choose_backend(backend, encoder.device)  # refused before anything is begun
     group = group or Group()
     parts = parts_path(out)
     timing = Timing()

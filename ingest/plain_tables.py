@@ -18,6 +18,7 @@ _MAX_CATEGORIES = 20  # more different texts than this are names or remarks, not
 _MAX_NAME_BYTES = 255  # of a folder on most disks
 _SHOWN = 60  # characters of a name that is too long
 _NUMBER = re.compile(r"[+-]?\d{1,9}(\.\d{0,9})?", re.ASCII)
+_LONG = re.compile(r"[+-]?\d{16,}", re.ASCII)  # of which different ones are the same float64
 _WITH_COMMA = re.compile(r"[+-]?\d[\d.]*(,[\d.]+)+", re.ASCII)  # 60,5 or 1,234.5
 
 
@@ -109,6 +110,8 @@ def plain_variables(
                 )
             table[name] = coded(text, name, known, notes, negative_is_missing=False)
             variables[name] = _known_attributes(known, source)
+        elif mostly and answers.map(_LONG.fullmatch).notna().any():
+            notes.add(f"column {name!r} left out: it has whole numbers of more than 15 digits, as ids have")
         elif mostly:
             table[name], variables[name] = _numbers(text, name, notes), _attributes(None, source)
         elif len(answers) > _MAX_CATEGORIES:

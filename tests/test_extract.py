@@ -261,3 +261,15 @@ def test_ctrl_c_is_told_in_one_line(tmp_path, monkeypatch):
     done = call(main, tmp_path / "s.zarr", tmp_path / "e.h5", "--overwrite")
     told = "interrupted; the same command goes on where it was\n"
     assert (done.returncode, done.stdout, done.stderr) == (130, "", told)
+
+
+def test_a_name_may_have_brackets_and_a_backend_is_known_before_anything_is_begun(store, tmp_path):
+    small = ("--weights", "random", "--view", "axial", "--slices", 1, "--scale", 0.25)
+    done = call(main, store, tmp_path / "a.npz", *small, "--backend", "tourch")
+    assert (done.returncode, "backend 'tourch' is unknown" in done.stderr) == (1, True)
+    assert not list(tmp_path.iterdir())
+    done = call(main, store, tmp_path / "[v2]" / "[", *small)
+    assert done.returncode == 1
+    done = call(main, store, tmp_path / "a[v2].npz", *small)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path / 'a[v2].npz'}: 3 scans")

@@ -192,3 +192,9 @@ def test_levels_that_lack_a_code_or_cannot_be_read_tell_nothing(tmp_path):
     found = levels(tmp_path, text, {"stage": {"Levels": {"1": "none", "2": "mild"}}, "x": 3})
     assert (found.table["stage"].tolist(), found.variables["stage"]["labels"]) == ([3, 3, 1, 2], None)
     assert told(levels(tmp_path, text, "{"), "the JSON file beside it is damaged")
+
+
+def test_numbers_that_float64_cannot_tell_apart_are_left_out(tmp_path):
+    found = join(tmp_path, "participant,code,x\n9000001,4611686018427387904,1e20\n9000002,4611686018427387905,2\n")
+    assert list(found.table.columns) == ["x"]
+    assert told(found, "column 'code' left out", "as ids have")

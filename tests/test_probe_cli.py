@@ -136,7 +136,7 @@ def test_curves_have_default_sizes_or_those_asked_for(run, arguments, sizes):
 
 def test_points_that_cannot_be_had_are_named(run):
     code, _, err = run("2d.h5", "--targets", "age", "--repeats", 1, "--curve", "20,5000")
-    assert code == 0
+    assert code == 1, "not everything that was asked for"
     assert err == "no point at 5000 people: age: 80 people can be trained on in each fold\n"
 
 
@@ -321,3 +321,20 @@ def test_help_names_both_commands(run):
     code, out, err = run()
     assert code != 1
     assert "apply" in out + err
+
+
+def test_a_name_with_a_comma_is_put_in_quotes(run, folder):
+    table = pd.DataFrame({"participant": [f"9{k:06d}" for k in range(120)], "Age, years": np.arange(120.0)})
+    table.to_csv(folder / "comma.csv", index=False)
+    arguments = ("2d.h5", "--phenotypes", "comma.csv", "--repeats", 1, "--json")
+    _, out, _ = run(*arguments, "--targets", 'sex, "Age, years"')
+    assert [target["name"] for target in json.loads(out)["targets"]] == ["gender", "Age, years"]
+    _, _, err = run(*arguments, "--targets", "Age, years")
+    assert '"Age, years"' in err
+
+
+def test_a_confound_of_one_value_is_told(run, folder):
+    table = pd.DataFrame({"participant": [f"9{k:06d}" for k in range(120)], "scanner": 5})
+    table.to_csv(folder / "one.csv", index=False)
+    _, _, err = run("2d.h5", "--phenotypes", "one.csv", "--targets", "age", "--confounds", "scanner", "--repeats", 1)
+    assert "the confound scanner is 5 in every scan" in err

@@ -193,6 +193,12 @@ def test_predictions_never_replace_the_embeddings(cohort, tmp_path):
     done = call(main, "apply", tmp_path / "m.json", tmp_path / "emb.parquet", tmp_path / "emb.parquet", "--overwrite")
     assert done.returncode == 1
     assert "is what is read" in done.stderr
+    people = tmp_path / "people.csv"
+    cohort.scans[["participant"]].assign(height=170.0).to_csv(people, index=False)
+    before = people.read_text()
+    emb = tmp_path / "emb.parquet"
+    done = call(main, "apply", tmp_path / "m.json", emb, people, "--phenotypes", people, "--overwrite")
+    assert (done.returncode, people.read_text()) == (1, before)
 
 
 def test_ctrl_c_is_told_in_one_line(cohort, tmp_path, monkeypatch):

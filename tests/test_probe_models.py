@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from embedded import make_embeddings
 from scipy import linalg, stats
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
@@ -24,6 +25,7 @@ from extract.probing.folds import (
 from extract.probing.groups import Groups
 from extract.probing.linear import PENALTY_SCANS, leave_group_out_errors, ridge, rotate
 from extract.probing.logistic import fit_logistic, logistic, probabilities
+from extract.probing.probe import probe
 
 # ---- folds -----------------------------------------------------------------------------------------------------------
 
@@ -319,3 +321,18 @@ def test_penalties_of_many_scans_are_chosen_on_some_of_them():
     errors = leave_group_out_errors(rotate(train), train, targets, groups, penalties)[:, 0]
     (chosen,) = ridge(train, targets, groups).penalties
     assert errors[list(penalties).index(chosen)] < errors.min() * 1.001
+
+
+def test_a_target_whose_penalty_cannot_be_chosen_is_skipped_alone():
+    """Every class has four people or more, but those who change between them cannot be halved in some fold."""
+    changes = {7: (1, 0), 8: (0, 1), 14: (1, 2), 15: (2, 1), 16: (0, 1), 20: (0, 2), 23: (1, 2)}
+    classes = np.array([changes.get(person, (0, 0)) for person in range(24)], float).ravel()
+    people = np.repeat(np.arange(24), 2)
+    rng = np.random.default_rng(0)
+    embeddings = make_embeddings(
+        rng.normal(size=(len(classes), 3)), {"kind": classes, "age": rng.normal(60, 8, len(classes))}, people=people,
+        variables={"kind": {"task": "multiclass"}},
+    )  # fmt: skip
+    kind, age = probe(embeddings, ["kind", "age"])
+    assert (kind.status, age.status) == ("skipped", "ok")
+    assert "both halves hold every class" in kind.reason

@@ -11,8 +11,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from extract.probing.confounds import fit_coding, fit_residualiser, read_confounds
-from extract.probing.model import ProbeModel, refit
+from extract.probing.model import ProbeModel, refit, refit_all
 from extract.probing.settings import ProbeSettings
+from extract.probing.targets import target_names
 
 
 @pytest.mark.parametrize("confounds", [(), ("age", "site")])
@@ -88,3 +89,18 @@ def test_what_cannot_be_fitted_or_applied_is_refused():
         model.predict_embeddings(empty)
     with pytest.raises(ValueError, match="no saved probe"):
         ProbeModel.from_json({"name": "sex"})
+
+
+def test_all_at_once_is_each_alone():
+    """Regressions of the same scans share a factorisation, classes and others do not."""
+    cohort, settings, told = make_cohort(), ProbeSettings(confounds=("site",)), []
+    names = ["sex", "age", "something"]
+    together = refit_all(cohort, names, settings=settings, on_target=lambda model: told.append(model.name))
+    assert [model.name for model in together] == target_names(cohort, names)
+    assert sorted(told) == sorted(model.name for model in together)
+    for model in together:
+        alone = refit(cohort, model.name, settings=settings)
+        np.testing.assert_allclose(model.coefficients, alone.coefficients, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(model.intercept, alone.intercept, rtol=1e-9)
+        np.testing.assert_allclose(model.confound_coefficients, alone.confound_coefficients, rtol=1e-9, atol=1e-12)
+        assert (model.penalty, model.n, model.task) == (alone.penalty, alone.n, alone.task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ _SIZES = re.compile(r"\d{1,9}(,\d{1,9})*,?", re.ASCII)
 
 
 def split_names(text: str | None) -> list[str]:
-    """Read ``a, b``; nothing is none."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+    """Read ``a, b``, or ``a, "b, with a comma"``; nothing is none."""
+    return [part.strip() for part in next(csv.reader([text or ""], skipinitialspace=True), []) if part.strip()]
 
 
 def name_or_table(text: str | None) -> str | Path | None:

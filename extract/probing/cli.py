@@ -33,7 +33,7 @@ from extract.probing.confounds import missing_warnings, number_warnings, read_co
 from extract.probing.document import settings_to_json, to_document
 from extract.probing.doubts import check_not_empty, doubts
 from extract.probing.effort import MANY_PATTERNS, estimate_effort
-from extract.probing.model import refit
+from extract.probing.model import refit_all
 from extract.probing.phenotypes import Joined, join_table, without_variables
 from extract.probing.printing import (
     errors,
@@ -96,7 +96,12 @@ def run_command(
         ),
     ],
     targets: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Phenotypes.", show_default="all but confounds")
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Phenotypes; those with a comma in their name in quotes.",
+            show_default="all but those that ingest marks as confounds",
+        ),
     ] = None,
     phenotypes: PhenotypeTable = None,
     task: Annotated[
@@ -263,6 +268,7 @@ def run_command(
         (joined is not None and joined.bad_values)
         or nothing
         or (asked is not None and any(found.status == "skipped" for one in probed for found in one.results))
+        or any(size in found.missing for size in sizes or () for one in probed for found in one.curves.values())
     ):
         raise typer.Exit(1)
 
@@ -279,8 +285,8 @@ def apply_command(
     """Predict for new people with probes that were saved: values, classes and their probabilities, per scan."""
     check_table_suffix(out)
     check_writable(out)
-    check_absent(out, overwrite=overwrite, inputs=(model, path))
     table = None if phenotypes is None else parse_place(phenotypes, "--phenotypes")
+    check_absent(out, overwrite=overwrite, inputs=[one for one in (model, path, table) if isinstance(one, Path)])
     saved = load_probe(model)
     embeddings = open_embeddings(path, saved.layer)
     joined = None if table is None else join_table(embeddings, table)
@@ -313,11 +319,13 @@ def _save(
     joined: Joined | None,
 ) -> None:
     """Fit what was probed to everyone and write it."""
-    models = [
-        replace(refit(probed.embeddings, result.name, tasks=tasks, settings=settings), score=result.headline)
-        for result in probed.results
-        if result.status == "ok"
-    ]
+    scores = {result.name: result.headline for result in probed.results if result.status == "ok"}
+    with progress_bar("fitting to everyone", errors) as progress:
+        bar = progress.add_task("fitting to everyone", total=len(scores))
+        fitted = refit_all(
+            probed.embeddings, list(scores), tasks=tasks, settings=settings, on_target=lambda _: progress.advance(bar)
+        )
+    models = [replace(model, score=scores[model.name]) for model in fitted]
     save_probe(path, probed.embeddings, models, layer=layer, phenotypes=None if joined is None else joined.to_json())
 
 

@@ -184,13 +184,16 @@ def read_confounds(
 
 
 def number_warnings(embeddings: Embeddings, confounds: ConfoundValues, tasks: Mapping[str, str]) -> list[str]:
-    """Name the confounds that are taken as numbers and look like codes, of which nothing is said."""
+    """Name the confounds that are one value, and those that look like codes and are taken as numbers."""
     asked = by_column(embeddings, tasks, confounds.names)
     warnings = []
     for name, categorical, values in zip(confounds.names, confounds.categorical, confounds.values.T, strict=True):
         known = name in asked or name not in embeddings.phenotypes or embeddings.variables.get(name, {}).get("task")
         few = few_whole_numbers(values)
-        if few and not known and not categorical:
+        there = values[~np.isnan(values)]
+        if len(there) and np.ptp(there) == 0:
+            warnings.append(f"the confound {name} is {there[0]:g} in every scan, so there is nothing of it to remove")
+        elif few and not known and not categorical:
             warnings.append(
                 f"the confound {name} has {few} different whole numbers and is taken as a number; if they "
                 f"are codes, add --task {name}=multiclass, else --task {name}=continuous"

@@ -205,7 +205,7 @@ def fit_classes(train: np.ndarray, codes: np.ndarray, groups: Groups, rows: np.n
 
     Raises
     ------
-    ValueError
+    NoInnerFoldsError
         If a class has too few people.
     """
     inner = penalty_folds(groups, codes, rows, seed, _FOLDS_OF_MANY if len(rows) > _MANY_SCANS else _INNER_FOLDS)
@@ -224,6 +224,10 @@ def left_out(groups: Groups, rows: np.ndarray) -> np.ndarray:
     return together if len(np.unique(together)) > 1 else groups.people[rows]
 
 
+class NoInnerFoldsError(ValueError):
+    """People of a training side cannot be dealt into folds that all hold every class."""
+
+
 def penalty_folds(groups: Groups, codes: np.ndarray, rows: np.ndarray, seed: list[int], folds: int) -> np.ndarray:
     """Deal the scans of a training side into folds for choosing a penalty.
 
@@ -233,13 +237,21 @@ def penalty_folds(groups: Groups, codes: np.ndarray, rows: np.ndarray, seed: lis
     ----------
     codes, rows
         See `fit_classes`.
+
+    Raises
+    ------
+    NoInnerFoldsError
+        If that cannot be done.
     """
     people, together = (np.unique(of[rows], return_inverse=True)[1] for of in (groups.people, groups.together))
     for whole in (together, people):
         dealt = folds_with_all_classes(whole, people, codes, folds, 1, seed, 1)
         if dealt is not None:
             return dealt[0]
-    raise ValueError("a class has fewer than two people to train on; take fewer classes, or more people")
+    raise NoInnerFoldsError(
+        "the people of a training side cannot be halved so that both halves hold every class, by which the penalty is "
+        "chosen: a class has one person, or people are of several classes; take fewer classes, or more people"
+    )
 
 
 def _score_regression(

@@ -11,7 +11,7 @@ from extract.probing.folds import class_sizes
 from extract.probing.groups import Groups
 from extract.probing.linear import PENALTY_SCANS
 from extract.probing.settings import ProbeSettings
-from extract.probing.targets import MIN_CLASS_PER_FOLD, Target
+from extract.probing.targets import MIN_CLASS_PER_FOLD, MIN_PER_FOLD, Target
 
 
 def describe_method(target: Target, sample: Sample, outcomes: Sequence[Outcome], settings: ProbeSettings) -> str:
@@ -29,12 +29,18 @@ def describe_method(target: Target, sample: Sample, outcomes: Sequence[Outcome],
             model += f" (of {PENALTY_SCANS} scans)"
     number, repeats = int(sample.fold_of.max()) + 1, len(sample.fold_of)
     dealt = f"{number} folds of {'groups' if grouped else 'participants'} x {repeats} repeats"
-    if target.labels and number < min(settings.folds, int(groups.together.max()) + 1):
-        codes = target.values[target.present].astype(np.int64)
-        dealt += (
-            f" (fewer than {settings.folds}: each needs {MIN_CLASS_PER_FOLD} people of every class, and "
-            f"{_why_fewer(target.labels, groups, codes, settings.folds)})"
-        )
+    there = int(groups.together.max()) + 1
+    if number < settings.folds:
+        why = f"there are no more {'groups' if grouped else 'people'}"
+        if number < there and target.labels:
+            codes = target.values[target.present].astype(np.int64)
+            why = (
+                f"each needs {MIN_CLASS_PER_FOLD} people of every class, and "
+                f"{_why_fewer(target.labels, groups, codes, settings.folds)}"
+            )
+        elif number < there:
+            why = f"each needs {MIN_PER_FOLD} people"
+        dealt += f" (fewer than {settings.folds}: {why})"
     parts = [model, dealt]
     if groups.note:
         parts.append(f"kept together: {groups.note}")

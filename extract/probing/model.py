@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +19,13 @@ from extract.probing.confounds import (
     read_confounds,
 )
 from extract.probing.cross_validation import fit_classes, left_out
-from extract.probing.groups import read_groups
+from extract.probing.groups import Groups, read_groups
 from extract.probing.linear import ridge
 from extract.probing.logistic import probabilities
-from extract.probing.probe import check_embeddings
+from extract.probing.probe import check_embeddings, target_batches
 from extract.probing.results import Interval
 from extract.probing.settings import ProbeSettings
-from extract.probing.targets import by_column, read_targets, target_names
+from extract.probing.targets import Target, by_column, read_targets, target_names
 
 
 @dataclass(frozen=True)
@@ -202,63 +202,100 @@ def refit(
     tasks: Mapping[str, str] | None = None,
     settings: ProbeSettings | None = None,
 ) -> ProbeModel:
-    """Fit the probe of one target to everyone who has a value and all confounds; the penalty as on a training side.
+    """Fit the probe of one target, see `refit_all`."""
+    (model,) = refit_all(embeddings, [target], tasks=tasks, settings=settings)
+    return model
+
+
+def refit_all(
+    embeddings: Embeddings,
+    targets: Sequence[str],
+    *,
+    tasks: Mapping[str, str] | None = None,
+    settings: ProbeSettings | None = None,
+    on_target: Callable[[ProbeModel], None] | None = None,
+) -> list[ProbeModel]:
+    """Fit probes to everyone who has a value and all confounds; the penalty as on a training side.
 
     Parameters
     ----------
-    target
-        Name of a phenotype, or its alias.
+    targets
+        Names of phenotypes, or their aliases.
     tasks
         As of `probing.probe.probe`; those of other targets do not matter.
     settings
         Of which confounds, groups, bins and the seed matter here.
+    on_target
+        Called after each.
 
     Raises
     ------
     ValueError
-        If the target, a confound or a group is unknown, or the target cannot be fitted.
+        If a target, a confound or a group is unknown, or a target cannot be fitted.
     """
     settings = settings or ProbeSettings()
-    (name,) = target_names(embeddings, [target])
+    names = target_names(embeddings, targets)
     check_embeddings(embeddings)
-    all_groups = read_groups(embeddings, settings.groups, settings.kinship)
-    all_confounds = read_confounds(embeddings, settings.confounds, tasks)
-    asked, bins = by_column(embeddings, tasks, [name]), by_column(embeddings, settings.bins, [name])
-    (found,) = read_targets(embeddings, [name], asked, bins, all_groups.people, complete=all_confounds.complete)
-    if found.reason:
-        raise ValueError(f"{name!r} cannot be fitted: {found.reason}")
-    present = found.present
+    groups = read_groups(embeddings, settings.groups, settings.kinship)
+    confounds = read_confounds(embeddings, settings.confounds, tasks)
+    asked, bins = by_column(embeddings, tasks, names), by_column(embeddings, settings.bins, names)
+    found = read_targets(embeddings, names, asked, bins, groups.people, complete=confounds.complete)
+    for target in found:
+        if target.reason:
+            raise ValueError(f"{target.name!r} cannot be fitted: {target.reason}")
+    models: dict[str, ProbeModel] = {}
+    for batch in target_batches(found, confounds):
+        for model in _fit_batch(batch, embeddings, groups, confounds.without(batch[0].name), settings.seed):
+            models[model.name] = model
+            if on_target:
+                on_target(model)
+    return [models[name] for name in names]
+
+
+def _fit_batch(
+    batch: list[Target], embeddings: Embeddings, all_groups: Groups, all_confounds: ConfoundValues, seed: int
+) -> list[ProbeModel]:
+    """Fit one classification, or regressions of the same scans, which share a factorisation."""
+    present = batch[0].present
     groups = all_groups.rows(present)
-    features, truth = embeddings.features[present].astype(np.float64), found.values[present]
-    confounds = all_confounds.without(name).rows(present)
+    features = embeddings.features[present].astype(np.float64)
+    confounds = all_confounds.rows(present)
     residualiser, coding = None, None
     if confounds.names:
         coding = fit_coding(confounds)
         columns = coding.encode(confounds.values)
         residualiser = fit_residualiser(features, columns)
         features = residualiser.apply(features, columns)
+    truths = [target.values[present] for target in batch]
     with threadpool_limits(1 if features.size < 2_000_000 else None, user_api="blas"):
-        if found.labels:
-            codes = truth.astype(np.int64)
-            fit = fit_classes(features, codes, groups, np.arange(len(codes)), [settings.seed])
+        if batch[0].labels:
+            codes = truths[0].astype(np.int64)
+            fit = fit_classes(features, codes, groups, np.arange(len(codes)), [seed])
+            of_target = [slice(None)]
         else:
-            outcome = np.log1p(truth) if found.task == "count" else truth
-            fit = ridge(features, outcome[:, None], left_out(groups, np.arange(len(outcome))))
-    outputs = len(fit.intercept)
-    model = ProbeModel(
-        name=name,
-        task=found.task,
-        labels=found.labels,
-        units=found.units,
-        n=len(truth),
-        participants=int(groups.people.max()) + 1,
-        coefficients=fit.coefficients,
-        intercept=fit.intercept,
-        penalty=float(fit.penalties[0]),
-        confounds=coding,
-        confound_coefficients=np.zeros((0, outputs)),
-    )
-    if residualiser is None:
-        return model
-    beside = residualiser.coefficients @ fit.coefficients
-    return replace(model, confound_coefficients=-beside, intercept=fit.intercept + residualiser.mean @ beside)
+            counts = [target.task == "count" for target in batch]
+            outcomes = [np.log1p(truth) if count else truth for truth, count in zip(truths, counts, strict=True)]
+            fit = ridge(features, np.column_stack(outcomes), left_out(groups, np.arange(len(features))))
+            of_target = [slice(i, i + 1) for i in range(len(batch))]
+    models = []
+    for place, (target, outputs) in enumerate(zip(batch, of_target, strict=True)):
+        coefficients, intercept = fit.coefficients[:, outputs], fit.intercept[outputs]
+        model = ProbeModel(
+            name=target.name,
+            task=target.task,
+            labels=target.labels,
+            units=target.units,
+            n=int(present.sum()),
+            participants=int(groups.people.max()) + 1,
+            coefficients=coefficients,
+            intercept=intercept,
+            penalty=float(fit.penalties[place]),
+            confounds=coding,
+            confound_coefficients=np.zeros((0, len(intercept))),
+        )
+        if residualiser is not None:
+            beside = residualiser.coefficients @ coefficients
+            intercept = intercept + residualiser.mean @ beside
+            model = replace(model, confound_coefficients=-beside, intercept=intercept)
+        models.append(model)
+    return models

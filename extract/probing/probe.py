@@ -12,7 +12,15 @@ from extract.embeddings import Embeddings
 from extract.probing.bootstrap import draw_weights
 from extract.probing.combine import combine_folds
 from extract.probing.confounds import ConfoundValues, fit_coding, read_confounds
-from extract.probing.cross_validation import Fold, Sample, classification, list_folds, regression, run_folds
+from extract.probing.cross_validation import (
+    Fold,
+    NoInnerFoldsError,
+    Sample,
+    classification,
+    list_folds,
+    regression,
+    run_folds,
+)
 from extract.probing.folds import class_strata, folds_with_all_classes, rank_summary, repeated_folds, value_strata
 from extract.probing.groups import Groups, read_groups
 from extract.probing.method import describe_method
@@ -22,14 +30,13 @@ from extract.probing.settings import ProbeSettings
 from extract.probing.targets import (
     CLASSIFICATIONS,
     MIN_CLASS_PER_FOLD,
+    MIN_PER_FOLD,
     Target,
     known_task,
     read_targets,
     target_names,
 )
 
-#: People in each test fold of a regression, at least: a correlation of fewer is noise.
-MIN_PER_FOLD = 4
 #: Scans to train on for each column of confounds, at least: with fewer the features are fitted away.
 MIN_PER_CONFOUND = 3
 
@@ -212,7 +219,10 @@ def _probe_batch(
         model = classification(codes, len(batch[0].labels), groups, settings.seed, weights)
     else:
         model = regression(truths, [target.task == "count" for target in batch], groups, weights)
-    outcomes, confound_outcomes = run_folds(sample, folds, model)
+    try:
+        outcomes, confound_outcomes = run_folds(sample, folds, model)
+    except NoInnerFoldsError as error:
+        return [replace(result, reason=str(error)) for result in blank]
     results = []
     for i, (target, result) in enumerate(zip(batch, blank, strict=True)):
         own = [fold_outcomes[i] for fold_outcomes in outcomes]

@@ -129,7 +129,7 @@ def _summary(probed: Sequence[Probed], settings: Mapping[str, object]) -> list[t
         ("Scans", f"{len(first.features):,}"),
         ("Participants", f"{first.scans['participant'].nunique():,}"),
         ("Targets", f"{targets} probed" + (f", {skipped} skipped" if skipped else "")),
-        ("Cross-validation", f"{settings.get('folds', '?')} folds × {settings.get('repeats', '?')} repeats"),
+        ("Cross-validation", f"up to {settings.get('folds', '?')} folds × {settings.get('repeats', '?')} repeats"),
     ]
     if len(probed) > 1:
         return [*found, ("Embeddings", ", ".join(one.name for one in probed))]

@@ -19,6 +19,8 @@ from ingest.dictionary import BY_NAME, TASKS, VARIABLES
 MIN_PARTICIPANTS = 20
 #: People of the smallest class in each test fold, at least; a target with fewer gets fewer folds, down to two.
 MIN_CLASS_PER_FOLD = 2
+#: People in each test fold of a regression, at least: a correlation of fewer is noise.
+MIN_PER_FOLD = 4
 
 CLASSIFICATIONS = ("binary", "multiclass")
 #: Different whole numbers at most that may be codes.
@@ -102,7 +104,7 @@ def column_of(embeddings: Embeddings, name: str, beside: Sequence[str] = ()) -> 
     variable = BY_NAME.get(name.lower())
     same = [c for c in columns if variable is not None and BY_NAME.get(c.lower()) is variable]
     if len(same) != 1:
-        there = ", ".join([*columns, *beside])
+        there = ", ".join(f'"{column}"' if "," in column else column for column in [*columns, *beside])
         raise ValueError(f"no phenotype {name!r}; there are: {there or 'none'}")
     return same[0]
 
