@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -131,12 +132,16 @@ def export_command(
         Path, typer.Argument(metavar="OUT", help="Encoder's weights by torchvision's names, .pt, or torch.export, .pt2")
     ],
     overwrite: Replace = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a network for use elsewhere: the weights of its encoder, or all of it as a program."""
     done = export_run(run, out, overwrite=overwrite)
     for warning in done.warnings:
         errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
-    console.print(done.in_words(), soft_wrap=True, highlight=False, markup=False)
+    if as_json:
+        print(json.dumps({"path": str(done.path), **done.description, "warnings": list(done.warnings)}))
+    else:
+        console.print(done.in_words(), soft_wrap=True, highlight=False, markup=False)
 
 
 app.command("curve")(curve_command)

@@ -159,7 +159,10 @@ def test_what_is_there_stays(runs, tmp_path, monkeypatch, capsys):
     assert call_command(monkeypatch, "export", axial, out) == 1
     assert "w.pt exists; add --overwrite to replace it" in capsys.readouterr().err
     assert out.read_text() == "mine"
-    assert call_command(monkeypatch, "export", axial / "best.pt", out, "--overwrite") == 0
+    capsys.readouterr()
+    assert call_command(monkeypatch, "export", axial / "best.pt", out, "--overwrite", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["path"], document["model"]["name"]) == (str(out), "resnet18")
     assert read_checkpoint(out).model == "resnet18"
     with pytest.raises(StoreError, match=r"w.onnx ends in '.onnx', expected .pt \(weights of the encoder\) or .pt2"):
         export_run(axial, tmp_path / "w.onnx")

@@ -226,6 +226,8 @@ def test_a_folder_may_have_any_name_and_the_layouts_are_shown(tmp_path, monkeypa
     monkeypatch.setattr("ingest.cli.simulate_cohort", lambda *_, **__: 3)
     done = call(main, "simulate", "[/x]", "--participants", 2)
     assert (done.returncode, done.stdout) == (0, "[/x]: 3 scans of 2 simulated participants\n"), done.stderr
+    done = call(main, "simulate", "[/x]", "--participants", 2, "--json")
+    assert json.loads(done.stdout) == {"directory": "[/x]", "scans": 3, "participants": 2, "seed": 0}
     assert "<ukb|bids>" in call(main, "simulate", "--help").stdout
 
 
