@@ -22,11 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from ingest.store import VolumeStore
+from loaders.checks import as_whole
 
 logger = logging.getLogger("loaders")
 
 _USAGE = ".bytes"  # see `_Usage`
 _DIGITS = 20
+_LEAST_FREED = 20  # of what the cache may hold a 20th at least is freed at a time: whoever frees looks at all entries
 _FOLDER = re.compile(r".+-[0-9a-f]{8}")
 _ENTRY = re.compile(r"[0-9]+-[0-9a-f]{8}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp")
@@ -49,14 +51,12 @@ class ShardCache:
     Raises
     ------
     ValueError
-        If `max_bytes` is not positive.
+        If `max_bytes` is no whole number above 0.
     """
 
     def __init__(self, directory: Path, max_bytes: int, store: VolumeStore, slabs: np.ndarray) -> None:
-        if max_bytes <= 0:
-            raise ValueError(f"the cache's size is {max_bytes} bytes, expected more than 0")
-        self.directory = Path(directory)
-        self.max_bytes = max_bytes
+        self.directory = Path(directory).absolute()  # the program may change its folder
+        self.max_bytes = as_whole("cache_bytes", max_bytes, 1)
         versions = (store.scans[name].tolist() for name in ("source", "source_size", "source_mtime", "scale"))
         self._versions = list(zip(*versions, strict=True))
         self._store_id = store.attrs["store_id"]
@@ -64,11 +64,13 @@ class ShardCache:
         self._failed = False
         self._telling = threading.Lock()
         self._full = False  # looking for room among 100,000 entries again and again would take longer than fetching
+        self._opened = 0.0  # by the clock of the disk, which may be another machine's
         with self._not_failing():
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._locked() as usage:
                 self._remove_outdated(store.scans["status"].to_numpy() == "ok")
                 usage.set(self._count())
+                self._opened = usage.written
 
     def path(self, row: int) -> Path:
         """Return where the entry of a scan is, if there is one; its name tells versions of the scan apart."""
@@ -77,6 +79,9 @@ class ShardCache:
 
     def add(self, row: int, content: bytes | memoryview) -> bool:
         """Keep a shard if there is room; shards of other stores make room, the oldest first.
+
+        Only those that were there when this cache was opened: two loaders that share a folder would evict each other's
+        for ever, and both read everything from afar.
 
         A disk that cannot be written is told once and not used any more: a cache is no reason for a run to fail.
         """
@@ -174,9 +179,9 @@ class ShardCache:
 
     def _make_room(self, nbytes: int) -> int:
         """Remove entries of other stores, the oldest first, until so many bytes are free; return how many are."""
-        freed = 0
-        for path, _, _ in sorted(self._files(), key=lambda entry: entry[1]):
-            if freed >= nbytes:
+        freed, wanted = 0, max(nbytes, self.max_bytes // _LEAST_FREED)
+        for path, written, _ in sorted(self._files(), key=lambda entry: entry[1]):
+            if freed >= wanted or written >= self._opened:
                 break
             if path.parent != self._folder and _ENTRY.fullmatch(path.name):
                 freed += _remove(path)
@@ -199,6 +204,11 @@ class _Usage:
         """Write another number."""
         self.bytes = max(0, nbytes)
         os.pwrite(self._descriptor, b"%0*d" % (_DIGITS, self.bytes), 0)
+
+    @property
+    def written(self) -> float:
+        """When it was written, as `os.stat` tells it of entries."""
+        return os.fstat(self._descriptor).st_mtime
 
 
 def _remove(path: Path) -> int:

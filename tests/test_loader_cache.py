@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,34 @@ def test_other_stores_make_room_the_oldest_first(store, voxels, tmp_path):
     assert {path.parent.name for path in entries(cache)} == {f"{store_id(store)}-{folder.name[-8:]}"}
     np.testing.assert_array_equal(images_of(other, cache, limit), theirs)
     assert on_disk(cache) == counted(cache) <= limit
+
+
+def test_loaders_that_are_open_together_do_not_evict_each_other(store, tmp_path):
+    other, cache = tmp_path / "other.zarr", tmp_path / "cache"
+    make_store(other, SCANS, seed=7)
+    settings = {"batch_size": 1, "cache_dir": cache, "cache_bytes": int(1.3 * shard_bytes(store)), "threads": 1}
+    kept: list[list[tuple[Path, int]]] = []
+    with open_loader(store, **settings) as one, open_loader(other, **settings) as two:
+        for _ in range(3):
+            for _ in zip(one, two, strict=True):
+                pass
+            kept.append([(path, path.stat().st_mtime_ns) for path in entries(cache)])
+    assert kept[0] == kept[1] == kept[2]
+    assert len({path.parent for path, _ in kept[0]}) == 2
+
+
+def test_room_is_made_for_more_than_one_entry_at_a_time(tmp_path):
+    """Whoever makes room looks at all entries: for each of 100,000 that would take days."""
+    for name in ("one", "two"):
+        make_store(tmp_path / f"{name}.zarr", 1, seed=len(name))
+    slabs = plan_picture(SHAPE, SLAB).slabs
+    old = ShardCache(tmp_path / "cache", 1000, open_store(tmp_path / "one.zarr"), slabs)
+    for row in range(100):
+        old._add(old._folder / f"{row}-00000000", bytes(10))
+    time.sleep(0.05)  # the clock of files is coarse
+    new = ShardCache(tmp_path / "cache", 1000, open_store(tmp_path / "two.zarr"), slabs)
+    assert new._add(new._folder / "0-00000000", bytes(10))
+    assert len(entries(tmp_path / "cache")) == 100 - 5 + 1, "a 20th"
 
 
 def test_what_else_lies_in_the_folder_is_left_alone(store, voxels, tmp_path):
