@@ -107,7 +107,10 @@ def predict_command(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Scans at a time.", show_default="by free memory")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the loader.", show_default="one per core")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the loader.", show_default="one per core, at most 8; 16 for a GPU, or s3://"),
+    ] = None,
     overwrite: Replace = False,
     as_json: AsJson = False,
 ) -> None:

@@ -91,7 +91,9 @@ class FinetuneSettings(BaseModel):
     checkpointing: bool = Field(False, description="Compute activations twice instead of keeping them.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     backend: Literal["auto", "dali", "torch"] = Field("auto", description="Of the loader.")
-    threads: int | None = Field(None, ge=1, description="Of the loader; by default one per core.")
+    threads: int | None = Field(
+        None, ge=1, description="Of the loader; by default one per core, at most 8; 16 for a GPU, or s3://."
+    )
     on_error: Literal["raise", "skip"] = Field("skip", description="What to do about scans that cannot be read.")
     seed: int = Field(
         0, ge=0, le=2**63 - 1, description="Of the split, the new weights, the order, augmentation and dropout."

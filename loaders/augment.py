@@ -56,7 +56,7 @@ def augment(
     -------
     torch.Tensor
         Of the dtype and on the device of `images`, 0 to 1; what comes from outside the grid is 0. `images` itself if
-        everything is off.
+        everything is off, and no planes are given.
 
     Raises
     ------
@@ -77,7 +77,8 @@ def augment(
     ranges, size = augmentation, tuple(images.shape[-len(HEAD_AXES[view]) :])
     flips = ranges.flip > 0 and 0 in HEAD_AXES[view]
     moves = ranges.rotation_deg or ranges.translation_mm or ranges.scale
-    if not (flips or moves or ranges.bias_field or ranges.gamma or ranges.gain or ranges.noise or ranges.crop):
+    changes_any = flips or moves or ranges.bias_field or ranges.gamma or ranges.gain or ranges.noise or ranges.crop
+    if not changes_any and planes is None:
         return images
     shape = (*images.shape[: -len(size)], *(ranges.crop or size))
     out = images.new_empty(shape) if planes is None else images.new_zeros(shape)
@@ -257,9 +258,16 @@ def check_planes(
     """Raise ValueError if these are not slices of whole volumes that are augmented, see `augment`."""
     if view != "volume" or augmentation is None or augmentation.crop:
         raise ValueError(f"planes go with whole volumes that are augmented, not with {view} and {augmentation}")
-    if len(planes) != 3 or any(len(i) and not 0 <= min(i) <= max(i) < n for i, n in zip(planes, size, strict=True)):
-        shown = [np.asarray(index).tolist() for index in planes]
-        raise ValueError(f"planes are {shown}, expected indices along each of the axes of {size}")
+    found = [np.asarray(index) for index in planes]
+    if len(found) != 3 or not all(_are_indices(index, n) for index, n in zip(found, size, strict=True)):
+        shown = [index.tolist() for index in found]
+        raise ValueError(f"planes are {shown}, expected whole numbers, indices along each of the axes of {size}")
+
+
+def _are_indices(index: np.ndarray, length: int) -> bool:
+    if index.ndim != 1 or not index.size:
+        return index.ndim == 1
+    return np.issubdtype(index.dtype, np.integer) and bool(index.min() >= 0 and index.max() < length)
 
 
 def _crop(image: torch.Tensor, drawn: Draw, view: str, crop: Sequence[int]) -> torch.Tensor:

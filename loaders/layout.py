@@ -21,7 +21,7 @@ def check_layout(store: VolumeStore) -> None:
         If they are not, with what was found.
     """
     meta = json.loads((store.path / "volumes" / "zarr.json").read_text())
-    sharding = meta["codecs"][0]["configuration"]
+    sharding = meta["codecs"][0].get("configuration", {})  # of what is no sharding, there may be none
     found = (
         [c["name"] for c in sharding.get("codecs", [])],
         [c["name"] for c in sharding.get("index_codecs", [])],

@@ -14,6 +14,7 @@ from ingest.places import Place
 from ingest.store import VolumeStore, open_store
 from loaders.augmentation import Augmentation
 from loaders.cache import ShardCache
+from loaders.checks import as_whole
 from loaders.layout import check_layout
 from loaders.loader import Loader
 from loaders.order import Sampling
@@ -28,6 +29,7 @@ _MOST_DECODING = 16  # for a GPU, which wants all that cores can decode
 #: made 10,400 scans/s, 8 made 7,000.
 _MANY_CORES = 12
 _REMOTE_THREADS = 16  # they wait for the network most of the time
+_MOST_ASKED_FOR = 1024
 
 
 def open_loader(
@@ -108,11 +110,10 @@ def open_loader(
         a GPU are at hand, but for slices that threads cut about as fast, and leave the GPU to the network: axial ones,
         and with 12 cores or more those of three planes. The pixels are the same.
     device
-        Where the batches shall be, ``cpu`` or ``cuda``; by default a GPU for the DALI backend where there is one,
-        else the CPU.
+        Where the batches shall be, ``cpu``, ``cuda`` or ``cuda:N``; by default a GPU where there is one, else the CPU.
     threads
-        Threads that read and decode; by default one per core, at most 8 (16 where they decode for a GPU), and 16 for
-        ``s3://``.
+        Threads that read and decode, at most 1024; by default one per core, at most 8 (16 where they decode for a GPU),
+        and 16 for ``s3://``. Ranks that torchrun starts on a machine share its cores.
     on_error
         ``raise``, or ``skip``: a scan that cannot be read is reported, counted in `Loader.skipped`, and marked in its
         batch.
@@ -141,14 +142,14 @@ def open_loader(
         raise ValueError(f"on_error is {on_error!r}, expected raise or skip")
     if not deadline > 0:
         raise ValueError(f"deadline is {deadline}, expected a number of seconds above 0")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}, expected 1 or more")
+    if threads is not None:
+        threads = as_whole("threads", threads, 1, _MOST_ASKED_FOR)
     if (cache_dir is None) != (not cache_bytes):
         raise ValueError("a cache needs both cache_dir and cache_bytes, its folder and its greatest size")
     chosen, where_to = choose_backend(backend, device, view)
     opened = store if isinstance(store, VolumeStore) else open_store(store)
     check_layout(opened)
-    wanted = select_rows(opened, rows=rows, where=where, known=[known] if isinstance(known, str) else known)
+    wanted = select_rows(opened, rows=rows, where=where, known=known)
     drawn, strata = _draws(opened, wanted, weights, balance, stratify, shuffle=shuffle)
     rank, world_size = _choose_rank(rank, world_size)
     sampling = Sampling(wanted, shuffle, seed, drawn, strata, batch_size, rank, world_size, drop_last)
@@ -192,7 +193,7 @@ def choose_backend(
         if wanted.type == "cuda" and not gpu:
             raise ValueError(f"device is {wanted}, but no GPU is at hand; use device 'cpu'")
     else:
-        wanted = torch.device("cuda" if gpu and installed and backend != "torch" else "cpu")
+        wanted = torch.device("cuda" if gpu else "cpu")
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", torch.cuda.current_device())
     if backend == "auto":
@@ -202,8 +203,9 @@ def choose_backend(
 
 
 def _cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return how many cores this process may use: its share, where torchrun has started several on this machine."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, len(os.sched_getaffinity(0)) // max(1, int(processes) if processes.isdecimal() else 1))
 
 
 def _choose_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loaders.checks import as_whole
+
 
 def epoch_order(
     rows: np.ndarray,
@@ -84,12 +86,10 @@ class Sampling:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, expected 1 or more")
+        as_whole("batch_size", self.batch_size, 1)
+        as_whole("seed", self.seed, 0)
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank is {self.rank} of world_size {self.world_size}, expected 0 <= rank < world_size")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, expected 0 or more")
 
     def __len__(self) -> int:
         """Batches of an epoch."""

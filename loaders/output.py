@@ -12,6 +12,7 @@ import torch
 from ingest.store import VolumeStore
 from loaders.augment import augment, check_planes
 from loaders.augmentation import Augmentation
+from loaders.checks import as_whole, check_number
 from loaders.decode import Decoder
 from loaders.views import Images, Picture, View, as_images
 
@@ -64,6 +65,8 @@ class Output:
             raise ValueError(f"channels is {self.channels}, expected None, 1 or 3")
         if self.channels_last and self.channels is None:
             raise ValueError("channels_last needs an axis of channels: set channels to 1 or 3")
+        check_number("mean", self.mean)
+        check_number("std", self.std)
         if not 0 < self.std < math.inf:
             raise ValueError(f"std is {self.std}, expected a number above 0")
         if not math.isfinite(self.mean):
@@ -73,7 +76,7 @@ class Output:
                 raise ValueError("uint8 pictures are not normalised: leave mean and std, or choose a floating dtype")
             if self.augmentation is not None:
                 raise ValueError("uint8 pictures are not augmented; choose dtype float32, float16 or bfloat16")
-        if self.augmentation is not None and not 0 <= self.seed < 2**63:
+        if as_whole("seed", self.seed, 0) >= 2**63 and self.augmentation is not None:
             raise ValueError(f"seed is {self.seed}, expected 0 to 2**63 - 1 with an augmentation")
         if self.planes is not None:
             check_planes(self.planes, self.picture.shape, self.augmentation, str(self.picture.view))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,15 +10,24 @@ import pandas as pd
 
 from ingest.store import VolumeStore
 
+logger = logging.getLogger("loaders")
+
+_NONE_LEFT = (
+    "where=%r is true of none of %d scans; categories are stored as codes, see store.variables[name]['labels'], and "
+    "ids as text, in quotes"
+)
+
 
 def select_rows(
     store: VolumeStore,
     *,
     rows: Sequence[int] | np.ndarray | None = None,
     where: str | None = None,
-    known: Sequence[str] = (),
+    known: str | Sequence[str] = (),
 ) -> np.ndarray:
     """Return rows (int64) that hold a volume, in ascending order or that of `rows`.
+
+    A condition, or a phenotype, that leaves none of them is logged as a warning.
 
     Parameters
     ----------
@@ -26,9 +36,10 @@ def select_rows(
     where
         A condition on the columns of ``scans/`` and ``phenotypes/`` in the language of `pandas.DataFrame.query`:
         ``"age >= 60 and sex == 1 and session == '2'"``. A name that both have is refused as it stands; with the
-        backticks, ```phenotypes.mean` < 5`` and ```scans.mean` < 5`` say which is meant.
+        backticks, ```phenotypes.mean` < 5`` and ```scans.mean` < 5`` say which is meant. Categories are stored as
+        codes (what they mean is in ``store.variables[name]["labels"]``), ids as text.
     known
-        Phenotypes that must not be missing.
+        Phenotypes, or one, that must not be missing.
 
     Raises
     ------
@@ -39,10 +50,16 @@ def select_rows(
         of two meanings, or an unknown phenotype.
     """
     wanted = store.ok_rows if rows is None else as_rows(store, rows)
-    for name in known:
-        wanted = wanted[~np.isnan(phenotype(store, name)[wanted])]
+    for name in [known] if isinstance(known, str) else known:
+        there = wanted[~np.isnan(phenotype(store, name)[wanted])]
+        if len(wanted) and not len(there):
+            logger.warning("known=%r leaves no scan: the phenotype is missing of all %d", name, len(wanted))
+        wanted = there
     if where is not None:
-        wanted = wanted[_matches(store, where)[wanted]]
+        there = wanted[_matches(store, where)[wanted]]
+        if len(wanted) and not len(there):
+            logger.warning(_NONE_LEFT, where, len(wanted))
+        wanted = there
     return wanted
 
 

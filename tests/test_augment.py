@@ -146,8 +146,16 @@ def test_planes_are_those_of_the_whole(ranges: Augmentation) -> None:
     assert torch.equal(got[1:2], augment(images[1:2], ranges, KEYS[1:2], planes=planes))
 
 
+def test_planes_alone_are_left_where_nothing_is_changed() -> None:
+    images, planes = smooth(), [np.array([3]), np.array([0]), np.array([], int)]
+    got = augment(images, only(), KEYS, planes=planes)
+    assert torch.equal(got[:, 3], images[:, 3])
+    assert torch.equal(got[:, :, 0], images[:, :, 0])
+    assert not got[:, 4:, 1:].any()
+
+
 def test_planes_that_are_not_there_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"planes are \[\[24\], \[\], \[\]\], expected indices"):
+    with pytest.raises(ValueError, match=r"planes are \[\[24\], \[\], \[\]\], expected whole numbers, indices"):
         augment(smooth(), EVERYTHING_WHOLE, KEYS, planes=[np.array([24]), np.array([], int), np.array([], int)])
     with pytest.raises(ValueError, match="planes go with whole volumes"):
         augment(smooth(), EVERYTHING, KEYS, planes=[np.array([1])] * 3)

@@ -205,7 +205,25 @@ def test_stratified_batches_have_each_sex_in_proportion(store):
         ({"on_error": "ignore"}, "on_error is 'ignore', expected raise or skip"),
         ({"deadline": 0}, "deadline is 0, expected a number of seconds above 0"),
         ({"deadline": float("nan")}, "deadline is nan"),
-        ({"threads": 0}, "threads is 0, expected 1 or more"),
+        ({"threads": 0}, "threads is 0, expected 1 to 1024"),
+        ({"threads": 2000}, "threads is 2000, expected 1 to 1024"),
+        ({"threads": 2.0}, "threads is 2.0, expected a whole number, 1 to 1024"),
+        ({"batch_size": 4.0}, "batch_size is 4.0, expected a whole number, 1 or more"),
+        ({"batch_size": "4"}, "batch_size is '4', expected a whole number"),
+        ({"batch_size": True}, "batch_size is True, expected a whole number"),
+        ({"seed": 1.5}, "seed is 1.5, expected a whole number, 0 or more"),
+        ({"seed": None, "shuffle": True}, "seed is None, expected a whole number"),
+        ({"mean": [0.4] * 3, "dtype": "float32"}, r"mean is \[0.4, 0.4, 0.4\], expected one number"),
+        ({"std": "0.2", "dtype": "float32"}, "std is '0.2', expected one number"),
+        ({"cache_bytes": "4GB", "cache_dir": "somewhere"}, "cache_bytes is '4GB', expected a whole number, 1 or more"),
+        (
+            {"planes": [[1.5], [2], [3]], "augmentation": Augmentation(), "dtype": "float32"},
+            r"planes are \[\[1.5\], \[2\], \[3\]\], expected whole numbers",
+        ),
+        (
+            {"planes": [[True] * 16, [2], [3]], "augmentation": Augmentation(), "dtype": "float32"},
+            r"planes are \[\[True, .*, \[3\]\], expected whole numbers",
+        ),
         ({"cache_bytes": 1000}, "a cache needs both cache_dir and cache_bytes"),
         ({"cache_dir": "somewhere"}, "a cache needs both"),
         ({"backend": "numpy"}, "backend 'numpy' is unknown, expected one of auto, dali, torch"),
@@ -237,6 +255,40 @@ def test_who_decodes_for_a_gpu_depends_on_the_view_and_the_cores(monkeypatch, vi
     assert choose_backend("auto", None, view) == (backend, torch.device("cuda", 0))
     assert choose_backend("auto", "cpu", view) == ("torch", torch.device("cpu"))
     assert choose_backend("dali", None, view)[0] == "dali"
+    assert choose_backend("torch", None, view) == ("torch", torch.device("cuda", 0)), "a GPU, whatever the backend"
+
+
+def test_without_dali_batches_are_on_the_gpu_as_well(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert choose_backend("auto") == ("torch", torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(None, 8), ("4", 3), ("50", 1), ("many", 8), ("0", 8)])
+def test_processes_that_torchrun_starts_share_the_cores(store, monkeypatch, processes, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    with open_loader(store, backend="torch", device="cpu") as loader:
+        assert loader.timing.threads == threads
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"where": "participant == '1'"}, ["participant == '1'", "of none of 24 scans", "['labels']", "ids as text"]),
+        ({"where": "age > 70", "rows": [0, 1]}, ["age > 70", "none of 2 scans"]),
+        ({"known": "age", "rows": [2, 9]}, ["known='age' leaves no scan", "missing of all 2"]),
+        ({"where": "age > 70"}, []),
+        ({"where": "age > 70", "rows": []}, []),
+    ],
+)
+def test_a_condition_that_leaves_no_scan_is_warned_of(store, caplog, arguments, said):
+    select_rows(store, **arguments)
+    assert len(caplog.messages) == bool(said)
+    for words in said:
+        assert words in caplog.text
 
 
 def test_a_store_without_phenotypes_says_so(tmp_path):

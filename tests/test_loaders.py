@@ -13,6 +13,7 @@ import torch
 import zarr
 
 from ingest.encode import encode_shard
+from ingest.errors import StoreError
 from ingest.grid import NATIVE_GRID
 from ingest.scan import ScanRow
 from ingest.shard import shard_path, write_shard
@@ -181,4 +182,9 @@ def test_another_shard_layout_is_refused(store, tmp_path):
     meta = copy / "volumes" / "zarr.json"
     meta.write_text(meta.read_text().replace("numcodecs.lz4", "numcodecs.zstd"))
     with pytest.raises(ValueError, match=r"laid out as .*; ingest its source into a new store"):
+        VolumeReader(copy)
+    shutil.rmtree(copy / "volumes")  # without shards
+    shape = (SCANS, *NATIVE_GRID.shape_zyx)
+    zarr.open_group(copy, mode="a").create_array("volumes", shape=shape, chunks=(1, 4, *shape[2:]), dtype="uint8")
+    with pytest.raises(StoreError, match=r"laid out as .*; ingest its source into a new store"):
         VolumeReader(copy)
