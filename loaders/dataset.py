@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +68,7 @@ class VolumeDataset(Dataset[Sample]):
         *,
         rows: Sequence[int] | np.ndarray | None = None,
         where: str | None = None,
-        known: Sequence[str] = (),
+        known: str | Sequence[str] = (),
         view: str = "volume",
         slices: Slices = 3,
         dtype: str | torch.dtype = "uint8",
@@ -81,6 +84,8 @@ class VolumeDataset(Dataset[Sample]):
         picture = plan_picture(self.store.grid.shape_zyx, self.store.slab, view, slices)
         self._output = Output(picture, torch_dtype(dtype), mean, std, channels, False, augmentation, seed)
         self._participants = self.store.scans["participant"].to_numpy()
+        path = self.store.path  # workers may start when the program has changed its folder
+        self._found = replace(self.store, path=path.absolute()) if isinstance(path, Path) else self.store
         self._reader: tuple[int, VolumeReader] | None = None
         self._open_reader()  # says at once if the store cannot be read
 
@@ -94,19 +99,19 @@ class VolumeDataset(Dataset[Sample]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """Read the scans of a batch; torch's DataLoader calls this where it is there."""
-        places = np.asarray(indices, dtype=np.int64)
-        if len(places) and not (-len(self) <= places.min() and places.max() < len(self)):
-            raise IndexError(f"items {list(indices)} were asked for, the dataset has {len(self)}")
-        places = places % max(1, len(self))
+        items = [operator.index(index) for index in indices]  # TypeError for what is no whole number
+        if items and not (-len(self) <= min(items) and max(items) < len(self)):
+            raise IndexError(f"items {items} were asked for, the dataset has {len(self)}")
+        places = np.array(items, dtype=np.int64) % max(1, len(self))
         rows = self.rows[places]
         found = self._output.finish(self._open_reader().read_pictures(rows), self.epoch, places)
         images = zip(*found, strict=True) if isinstance(found, tuple) else found
         return [Sample(image, int(row), str(self._participants[row])) for image, row in zip(images, rows, strict=True)]
 
     def _open_reader(self) -> VolumeReader:
-        """Return a reader of this process: its memory must not be shared with those that were forked from it."""
+        """Return a reader of this process: one that was forked from it, or sent to it, may have none of its files."""
         if self._reader is None or self._reader[0] != os.getpid():
-            self._reader = (os.getpid(), VolumeReader(self.store, output=self._output))
+            self._reader = (os.getpid(), VolumeReader(self._found, output=self._output))
         return self._reader[1]
 
     def __getstate__(self) -> dict[str, object]:

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 from ingest.decode import COMPILED, read_index
-from ingest.places import ObjectPath
+from ingest.places import ObjectPath, Place
 from ingest.shard import CRC_BYTES, SLAB_HEADER, index_bytes, shard_name, shard_path
 from ingest.store import VolumeStore
 from loaders.cache import ShardCache
@@ -31,11 +31,8 @@ class Buffer:
     def reserve(self, nbytes: int) -> np.ndarray:
         """Return memory of at least so many bytes; what was returned before may not be used any more."""
         if len(self.memory) < nbytes:
-            self.memory = self._allocate(nbytes + nbytes // 4)
+            self.memory = np.empty(nbytes + nbytes // 4, np.uint8)
         return self.memory
-
-    def _allocate(self, nbytes: int) -> np.ndarray:
-        return np.empty(nbytes, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,7 @@ class ShardFetcher:
     gap: ClassVar[int] = 64 << 10  # bytes: reading so much that is not needed takes less time than another read
     all_slabs: int = field(init=False)
     largest: int = field(init=False)
+    _path: Place = field(init=False)
     _prefix: bytes | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +89,9 @@ class ShardFetcher:
         most = self.all_slabs * (raw + raw // 255 + 16 + SLAB_HEADER + CRC_BYTES) + index_bytes(self.all_slabs)
         object.__setattr__(self, "largest", most)
         path = self.store.path
+        if isinstance(path, Path):
+            path = path.absolute()  # once: the program may change its folder
+        object.__setattr__(self, "_path", path)
         object.__setattr__(self, "_prefix", os.fsencode(path) if COMPILED and isinstance(path, Path) else None)
         if self._prefix is not None:
             self._read_compiled(-1, Buffer())  # is compiled, or loaded, before any deadline runs
@@ -135,7 +136,7 @@ class ShardFetcher:
                 self.cache.remove(row)
         if self.compiled and (payload := self._read_compiled(row, buffer)):
             return payload
-        place = shard_path(self.store.path, row)
+        place = shard_path(self._path, row)
         if isinstance(place, Path):
             payload = self._read_file(place, buffer, self.all_slabs, whole=self.whole)
         else:

@@ -19,7 +19,7 @@ from loaders.views import Slices, as_images, plan_picture
 
 
 class VolumeReader:
-    """Reads pictures of scans by their rows.
+    """Reads pictures of scans by their rows; several threads may share one.
 
     Parameters
     ----------
@@ -28,7 +28,9 @@ class VolumeReader:
     view, slices
         See `loaders.open_loader`.
     output
-        Instead of those: what shall become of the pictures, on the CPU; by default bytes as they are stored.
+        Instead of those: what threads make of the pictures, by default bytes as they are stored. They come as they are
+        decoded: with the scale of a floating `dtype` (of half precision as its bits, uint16; with an augmentation from
+        0 to 1, not normalised), but without augmentation and channels, which are `Output.finish`'s part.
 
     Raises
     ------
@@ -51,7 +53,6 @@ class VolumeReader:
         self.picture = output.picture
         self._fetcher = ShardFetcher(self.store, self.picture.slabs)
         self._decoder = make_decoder(self.store, output, torch.device("cpu"))
-        self._buffer = Buffer()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,11 +82,11 @@ class VolumeReader:
 
     def read_pictures(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return the pictures of each plane as tensors; see `read`."""
-        wanted = as_rows(self.store, rows)
+        wanted, buffer = as_rows(self.store, rows), Buffer()  # one for each call: threads may share a reader
         out = np.empty((len(wanted), *self.picture.shape), self._decoder.table.dtype)
         for row, picture in zip(wanted.tolist(), out, strict=True):
             try:
-                self._decoder.decode(self._fetcher.fetch(row, self._buffer), picture)
+                self._decoder.decode(self._fetcher.fetch(row, buffer), picture)
             except (OSError, ValueError) as error:
                 raise as_shard_error(error, describe_scan(self.store, row)) from error
         return self.picture.split(torch.from_numpy(out))
@@ -94,4 +95,4 @@ class VolumeReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._buffer = Buffer()
+        """Do nothing: no file stays open between calls."""

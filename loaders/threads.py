@@ -25,7 +25,7 @@ from loaders.progress import give_up_late, new_progress, stop
 
 logger = logging.getLogger("loaders")
 
-_MOST_GIVEN_UP = 64  # reads that hang, all in all, before the storage is taken for dead
+_MOST_GIVEN_UP = 64  # reads that hang at a time, before the storage is taken for dead
 _SECONDS_TO_STOP = 2.0  # a scan takes milliseconds; whoever needs longer hangs
 _WAITING, _RUNNING, _DONE = range(3)
 _numbers = itertools.count()
@@ -98,6 +98,7 @@ class _Work:
         self.closed = False
         self.read_seconds = self.write_seconds = 0.0
         self.bytes_read = 0
+        self.given_up = 0  # reads that hang
 
     def end(self) -> None:
         """Let each thread end after the scan that it has; takes no lock, for Python may call it at any moment."""
@@ -150,7 +151,6 @@ class ScanThreads:
         self._describe = describe
         self._process = os.getpid()
         self._work = _Work(load, threads)
-        self._given_up = 0
         self._alive: set[threading.Thread] = set()
         self._end = weakref.finalize(self, self._work.end)
         self._end.atexit = False  # daemons need no end then
@@ -230,13 +230,13 @@ class ScanThreads:
         for group in list(batch.groups):
             if group.state != _RUNNING or (late := give_up_late(group.progress, self.deadline)) is None:
                 continue
-            self._given_up += 1
             message = (
                 f"{self._describe(group.rows[late])} cannot be read: no answer within {self.deadline:g} s; look at the "
-                "storage, set another deadline, or skip such scans by on_error='skip'"
+                "storage, or set another deadline"
             )
-            if self._given_up > _MOST_GIVEN_UP:
-                raise SlowReadError(f"{message} ({self._given_up} reads hang: the storage does not answer)")
+            if self._work.given_up >= _MOST_GIVEN_UP:
+                raise SlowReadError(f"{message} ({self._work.given_up + 1} reads hang: the storage does not answer)")
+            self._work.given_up += 1
             logger.warning("%s", message)
             if group.thread is not None:
                 self._alive.discard(group.thread)
@@ -273,6 +273,7 @@ def _load(work: _Work, group: ScanGroup, own: Buffer) -> bool:
         error = caught
     with work.changed:
         if group.state == _DONE:
+            work.given_up -= 1
             return False
         if error is None and not group.progress.settled.all():  # of a batch that nobody waits for any more
             error = RuntimeError(f"scans of rows {group.rows} were not loaded")

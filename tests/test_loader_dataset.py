@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -18,7 +21,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 
 from ingest.shard import shard_path
 from ingest.store import open_store, write_phenotypes
-from loaders import Augmentation, Batch, CorruptShardError, Loader, VolumeDataset, open_loader
+from loaders import Augmentation, Batch, CorruptShardError, Loader, VolumeDataset, VolumeReader, open_loader
+from loaders.fetch import ShardFetcher
 from loaders.views import each
 
 SCANS = 13
@@ -60,6 +64,7 @@ def test_items_are_chosen_as_the_rows_of_a_loader(path):
     assert VolumeDataset(open_store(path), rows=[9, 2, 2]).rows.tolist() == [9, 2, 2]
     assert VolumeDataset(path, where="age >= 59").rows.tolist() == [9, 10, 11, 12]
     assert 2 not in VolumeDataset(path, known=["age"]).rows
+    assert VolumeDataset(path, known="age").rows.tolist() == VolumeDataset(path, known=["age"]).rows.tolist()
     with pytest.raises(IndexError, match="row 4 holds no volume"):
         VolumeDataset(path, rows=[4])
     with pytest.raises(ValueError, match="the store has no phenotype 'iq'"):
@@ -76,6 +81,9 @@ def test_items_count_from_the_end_and_end_there(path):
     for item in (len(OK), -len(OK) - 1):
         with pytest.raises(IndexError, match=rf"items \[{item}\] were asked for, the dataset has {len(OK)}"):
             dataset[item]
+    for wrong in (0.5, slice(0, 2), "1"):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            dataset[wrong]
     with pytest.raises(IndexError, match="the dataset has 0"):
         VolumeDataset(path, rows=[])[0]
 
@@ -167,6 +175,37 @@ def test_a_forked_process_reads_into_memory_of_its_own(path):
     if not child:
         os._exit(0 if dataset._open_reader() is not reader and dataset[0].row == OK[0] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_threads_may_share_a_dataset_or_a_reader(tmp_path):
+    voxels = make_store(tmp_path / "s.zarr", 12)
+    dataset, reader = VolumeDataset(tmp_path / "s.zarr"), VolumeReader(tmp_path / "s.zarr")
+    barrier, fetch = threading.Barrier(2), ShardFetcher.fetch
+
+    def fetch_together(*arguments: Any) -> Any:
+        found = fetch(*arguments)
+        barrier.wait(timeout=30)  # both have read before either decodes
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(ShardFetcher, "fetch", fetch_together)
+        for read in (lambda row: dataset[row].image, lambda row: reader.read([row])[0]):
+            for row, image in enumerate(pool.map(read, range(12))):
+                np.testing.assert_array_equal(image, voxels[row])
+
+
+def test_a_relative_path_holds_when_the_program_changes_its_folder(tmp_path, monkeypatch):
+    voxels = make_store(tmp_path / "s.zarr", 2)
+    monkeypatch.chdir(tmp_path)
+    dataset, reader = VolumeDataset("s.zarr"), VolumeReader("s.zarr")
+    with open_loader("s.zarr", backend="torch", device="cpu", threads=1) as loader:
+        monkeypatch.chdir("/")
+        (batch,) = loader
+    for images in (batch.images, [one.image for one in pickle.loads(pickle.dumps(dataset))], reader.read([0, 1])):
+        np.testing.assert_array_equal(np.stack(list(images)), voxels)
+    shard_path(tmp_path / "s.zarr", 1).unlink()
+    with pytest.raises(CorruptShardError, match=r"row 1 \(1.nii.gz\) of s.zarr cannot be read"):
+        reader.read([1])
 
 
 def test_an_item_that_cannot_be_read_is_named(tmp_path):

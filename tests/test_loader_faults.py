@@ -23,7 +23,9 @@ from small_store import make_store
 
 from ingest.shard import shard_path
 from loaders import Augmentation, Batch, CorruptShardError, ShardError, SlowReadError, open_loader
-from loaders.fetch import ShardFetcher
+from loaders.fetch import Buffer, ShardFetcher
+from loaders.progress import begin
+from loaders.threads import BatchGroups, ScanGroup, ScanThreads
 
 SCANS = 12
 BACKENDS = ["torch", "dali"]
@@ -120,6 +122,28 @@ def test_storage_that_does_not_answer_at_all_ends_the_pass(store, freed, monkeyp
         pytest.raises(SlowReadError, match="4 reads hang: the storage does not answer"),
     ):
         list(loader)
+
+
+def test_reads_that_came_back_hang_no_more(monkeypatch, caplog):
+    monkeypatch.setattr("loaders.threads._MOST_GIVEN_UP", 1)
+    comes_back, ours = threading.Event(), []
+
+    def load(group: ScanGroup, _: Buffer) -> None:
+        ours.append(threading.current_thread())
+        begin(group.progress, 0)
+        comes_back.wait(30)
+
+    threads = ScanThreads(1, load, deadline=0.05, describe=str)
+    for row in range(3):
+        comes_back.clear()
+        batch = BatchGroups([ScanGroup([row], [0], None)])
+        threads.submit(batch)
+        threads.wait(batch)
+        assert isinstance(batch.groups[0].errors[0], SlowReadError)
+        comes_back.set()
+        ours[row].join(timeout=30)
+    threads.close()
+    assert "on_error" not in caplog.text, "that is what whoever reads this has set"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
