@@ -124,19 +124,6 @@ def crop_pictures(pictures: torch.Tensor, view: View, crop: tuple[int, int, int]
     return pictures[..., top : top + rows, left : left + columns]
 
 
-def cut_slices(images: torch.Tensor, view: View, slices: int) -> list[torch.Tensor]:
-    """Cut volumes (scan, z, y, x) into slices, see `loaders.views.slices_of`.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer.
-    """
-    z, y, x = images.shape[1:]
-    plan_picture((z, y, x), 1, view, slices)
-    return slices_of(images, view, slices)
-
-
 def slices_to_load(
     shape_zyx: tuple[int, int, int], view: View, slices: int, crop: tuple[int, int, int] | None
 ) -> list[int] | list[list[int]]:
@@ -175,7 +162,7 @@ def pictures_of(
         planes = [View.axial, View.coronal, View.sagittal] if view is View.triplanar else [view]
         return [crop_pictures(one, plane, crop) for one, plane in zip(each(images), planes, strict=True)]
     images = crop_volumes(images, crop)
-    return [images[:, None]] if view is View.volume else cut_slices(images, view, slices)
+    return [images[:, None]] if view is View.volume else slices_of(images, view, slices)
 
 
 def target_size(shape: Sequence[int], scale: float, size: tuple[int, ...] | None) -> tuple[int, ...]:

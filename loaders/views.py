@@ -137,16 +137,19 @@ def plan_picture(
 def _plan_plane(shape_zyx: tuple[int, int, int], view: View, slices: Any) -> Plane:
     axis = _AXES[view]
     length = shape_zyx[axis]
-    given = np.asarray(slices)
-    if given.size and not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(f"slices is {slices!r}, expected a whole number, or several")
+    try:
+        given = np.asarray(slices)
+    except ValueError:  # lists of several lengths
+        given = np.empty((0, 0))
+    if given.ndim > 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+        raise ValueError(f"slices is {slices!r}, expected a whole number, or several, in the view {view}")
     if given.ndim == 0:
         number = int(given)
         if not 1 <= number <= length:
             raise ValueError(f"slices is {number}, expected 1 to {length} in the view {view}")
         positions = slice_positions(length, number)
     else:
-        positions = given.astype(np.int64).reshape(-1)
+        positions = given.astype(np.int64)
         if not len(positions) or positions.min() < 0 or positions.max() >= length:
             raise ValueError(f"slices are {given.tolist()}, expected numbers from 0 to {length - 1} in the view {view}")
     height, width = (n for other, n in enumerate(shape_zyx) if other != axis)
@@ -154,11 +157,13 @@ def _plan_plane(shape_zyx: tuple[int, int, int], view: View, slices: Any) -> Pla
 
 
 def slice_positions(length: int, slices: int) -> np.ndarray:
-    """Return the indices (int64) of evenly spaced slices along an axis: one slice is the middle one."""
+    """Return the indices (int64) of evenly spaced slices along an axis, all distinct: one slice is the middle one."""
+    if slices > length - 2:  # the ends are slices as well
+        return np.rint(np.linspace(0, length - 1, slices)).astype(np.int64)
     return np.rint((length - 1) * np.arange(1, slices + 1) / (slices + 1)).astype(np.int64)
 
 
-def slices_of(images: torch.Tensor, view: View, slices: int) -> list[torch.Tensor]:
+def slices_of(images: torch.Tensor, view: str, slices: Slices) -> list[torch.Tensor]:
     """Cut volumes into slices.
 
     Parameters
@@ -166,18 +171,27 @@ def slices_of(images: torch.Tensor, view: View, slices: int) -> list[torch.Tenso
     images
         (scan, z, y, x), RAS.
     view
-        Any but `View.volume`.
+        Any but ``volume``.
     slices
-        Per plane.
+        So many of each plane, or which ones, as for a loader.
 
     Returns
     -------
     list of torch.Tensor
         Per plane (scan, slice, height, width). Front is up in axial slices, the top of the head in the others; patient
         left is left.
+
+    Raises
+    ------
+    ValueError
+        For another view, or slices that are not there.
     """
-    wanted = list(_AXES) if view == View.triplanar else [view]
-    return [cut(images, _AXES[plane], slice_positions(images.shape[1 + _AXES[plane]], slices)) for plane in wanted]
+    if view == View.volume:
+        raise ValueError(
+            "view is 'volume', expected one of axial, coronal, sagittal, triplanar: volumes have no slices"
+        )
+    z, y, x = images.shape[1:]
+    return [cut(images, plane.axis, plane.positions) for plane in plan_picture((z, y, x), 1, view, slices).planes]
 
 
 def cut(images: torch.Tensor, axis: int, positions: np.ndarray) -> torch.Tensor:

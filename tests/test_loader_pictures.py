@@ -22,7 +22,7 @@ from ingest.shard import index_bytes, shard_path, write_shard
 from ingest.store import VolumeStore, create_store, open_store, resize_store, write_scans
 from loaders import Augmentation, CorruptShardError, View, VolumeReader, open_loader, slices_of
 from loaders.augment import augment
-from loaders.views import each, plan_picture
+from loaders.views import each, plan_picture, slice_positions
 
 SCANS = 5
 BACKENDS = ["torch", "dali"]
@@ -61,6 +61,8 @@ def volumes_by_zarr(store: VolumeStore, rows: Sequence[int]) -> np.ndarray:
 
 
 def evenly(length: int, count: int) -> list[int]:
+    if count > length - 2:
+        return [round((length - 1) * number / max(1, count - 1)) for number in range(count)]
     return [round((length - 1) * (number + 1) / (count + 1)) for number in range(count)]
 
 
@@ -165,6 +167,8 @@ def test_slices_of_volumes_are_the_loaders_slices(store, view):
         volumes, slices = next(iter(whole)).images, next(iter(cut)).images
     (found,) = slices_of(volumes, View(view), 4)
     assert torch.equal(found, slices)
+    (found,) = slices_of(volumes, View(view), evenly(SHAPE[AXES[view]], 4))
+    assert torch.equal(found, slices)
     with open_loader(store, batch_size=SCANS, view="triplanar", slices=4) as three:
         assert torch.equal(next(iter(three)).images[AXES[view]], slices)
     assert torch.equal(slices_of(volumes, View.triplanar, 4)[AXES[view]], slices)
@@ -218,6 +222,12 @@ def test_volumes_of_the_usual_size(large, backend, settings):
         ("axial", True, "slices is True, expected a whole number"),
         ("axial", ["3"], "expected a whole number"),
         ("axial", [2**70], "expected a whole number"),
+        (
+            "axial",
+            [[1, 2], [3, 4]],
+            r"slices is \[\[1, 2\], \[3, 4\]\], expected a whole number, or several",
+        ),
+        ("axial", [[1, 2], [3]], r"slices is \[\[1, 2\], \[3\]\], expected a whole number, or several"),
         ("axial", np.array([2**64 - 1], np.uint64), "expected numbers from 0 to 15"),
     ],
 )
@@ -226,6 +236,29 @@ def test_slices_that_are_not_there_are_refused(store, view, slices, message):
         plan_picture(SHAPE, SLAB, view, slices)
     with pytest.raises(ValueError, match=message):
         open_loader(store, view=view, slices=slices)
+
+
+def test_evenly_spaced_slices_are_all_distinct():
+    for length in range(1, 60):
+        for count in range(1, length + 1):
+            positions = slice_positions(length, count)
+            assert len(np.unique(positions)) == count
+            assert 0 <= positions[0] <= positions[-1] < length
+    assert slice_positions(160, 160).tolist() == list(range(160))
+
+
+@pytest.mark.parametrize(
+    ("view", "slices", "message"),
+    [
+        ("axial", 0, "slices is 0, expected 1 to 16 in the view axial"),
+        ("triplanar", 9, "slices is 9, expected 1 to 8 in the view sagittal"),
+        ("axial", [[1]], "expected a whole number, or several, in the view axial"),
+        ("volume", 1, "view is 'volume', expected one of axial, coronal, sagittal, triplanar"),
+    ],
+)
+def test_slices_of_volumes_that_are_not_there_are_refused(view, slices, message):
+    with pytest.raises(ValueError, match=message):
+        slices_of(torch.zeros(1, *SHAPE), view, slices)
 
 
 def test_a_count_may_be_of_any_integer_type():
