@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from ingest.store import VolumeStore
 from loaders.batches import BatchPool, loaded_batches
 from loaders.cache import ShardCache
+from loaders.checks import as_whole
 from loaders.errors import describe_scan
 from loaders.fetch import Buffer, ShardFetcher
 from loaders.groups import decodes_groups
@@ -39,8 +41,9 @@ class Batch:
     participant
         Whose they are.
     valid
-        bool (scan,). False for scans that count for nothing: the picture is black, for the shard cannot be read
-        (``on_error="skip"``), or the scan only fills up the last batch of a rank.
+        bool (scan,). False for scans that count for nothing: the shard cannot be read (``on_error="skip"``), and the
+        picture is black, or what an augmentation makes of that (noise); or the scan only fills up the last batch of a
+        rank.
     """
 
     images: Any
@@ -64,7 +67,8 @@ class Loader:
     sampling
         The scans of every pass and how they are put in order.
     epoch
-        Number of the next pass. A shuffled loader takes another order in each; set it to repeat one.
+        Number of the next pass. A shuffled loader takes another order in each; set it to repeat one. A pass that was
+        left is given up by that; one that `load_state_dict` has led into goes on if it is that of this epoch.
     timing
         Where the time of the last pass, or the one under way, went.
     skipped
@@ -92,18 +96,19 @@ class Loader:
         self.sampling = sampling
         self.backend = backend
         self.device = device
-        self.epoch = 0
+        self._epoch = 0
         self.timing = Timing(threads=threads)
         self.skipped: dict[int, str] = {}
         self._output = output
         self._skip_errors = skip_errors
-        self._position = 0  # scans of the pass under way, or of the next one, that are done
-        self._under_way: int | None = None  # epoch of the pass under way
-        self._resume: int | None = None  # epoch of a pass to go on with, which another loader began
+        self._under_way: tuple[int, int] | None = None  # epoch of the pass under way, and how many scans are done
+        self._resume: tuple[int, int] | None = None  # the same of a pass to go on with, which another loader began
         self._participants = store.scans["participant"].to_numpy()
         self._decoder = make_decoder(store, output, device)
         self._fetcher = ShardFetcher(store, output.picture.slabs, cache, self._decoder.check)
         self._inflates = _inflates(backend, device)
+        if backend == "dali":
+            importlib.import_module("loaders.dali_backend")  # takes half a second, which is none of the first pass
         self._describe = functools.partial(describe_scan, store)
         largest = min(sampling.batch_size, max(len(sampling.rows), 1))
         pinned, one = device.type == "cuda", (1, *output.picture.shape)
@@ -127,16 +132,25 @@ class Loader:
         """The loader itself: Lightning tells the samplers of loaders which epoch begins."""
         return self
 
+    @property
+    def epoch(self) -> int:
+        """Number of the next pass."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch = as_whole("epoch", epoch, 0)
+        self._under_way = None
+
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be that of an epoch; one that `load_state_dict` has led into goes on."""
+        """Let the next pass be that of an epoch, as setting `epoch` does; so Lightning calls it."""
         self.epoch = epoch
 
     def __iter__(self) -> Generator[Batch]:
         self._threads.check_process()  # before anything waits: DALI's threads are not there either
-        epoch = self.epoch
-        start, self._resume = (self._position if self._resume == epoch else 0), None
-        self.epoch += 1
-        self._under_way, self._position = epoch, start
+        epoch, start = self._next()
+        self._epoch, self._resume = epoch + 1, None
+        self._under_way = epoch, start
         timing = self.timing
         timing.reset()
         before = self._threads.totals()
@@ -151,11 +165,11 @@ class Loader:
                 now = self._threads.totals()
                 timing.read, timing.decode = now[0] - before[0], now[1] - before[1]
                 timing.bytes_read = now[2] - before[2]
-                self._position = plan.end
+                self._under_way = epoch, int(plan.end)
                 yield Batch(images, plan.rows, self._participants[plan.rows].tolist(), plan.valid)
                 del images
                 self._threads.check_process()
-            self._under_way, self._position = None, 0
+            self._under_way = None
         finally:
             batches.close()
 
@@ -165,10 +179,7 @@ class Loader:
         The scans of batches that the loop has got count as done. It says nothing of ranks and batch sizes, and may be
         loaded where those are others.
         """
-        epoch, position = (self.epoch, 0) if self._under_way is None else (self._under_way, self._position)
-        if self._resume == self.epoch:
-            epoch, position = self.epoch, self._position
-        epoch, position = self._not_done(int(epoch), int(position))
+        epoch, position = self._not_done(*(self._under_way or self._next()))
         return {"version": 1, "epoch": epoch, "position": position, **self.sampling.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,7 +188,7 @@ class Loader:
         Raises
         ------
         ValueError
-            If that loader went over other scans, or in another order.
+            If that loader went over other scans, or in another order, or the state is none.
         """
         if state.get("version") != 1:
             raise ValueError(f"state of version {state.get('version')!r}, expected 1")
@@ -187,8 +198,14 @@ class Loader:
                     f"the state was saved with {name} {state.get(name)!r}, this loader has {value!r}; open it with the "
                     "same rows, seed and sampling"
                 )
-        self.epoch, self._position = self._not_done(int(state["epoch"]), int(state["position"]))
-        self._under_way, self._resume = None, self.epoch
+        epoch = as_whole("the state's epoch", state.get("epoch"), 0)
+        position = as_whole("the state's position", state.get("position"), 0, len(self.sampling.rows))
+        self._resume = self._not_done(epoch, position)
+        self.epoch = self._resume[0]
+
+    def _next(self) -> tuple[int, int]:
+        """Return where the next pass begins: its epoch, and how many of its scans are done."""
+        return self._resume if self._resume and self._resume[0] == self._epoch else (self._epoch, 0)
 
     def _not_done(self, epoch: int, position: int) -> tuple[int, int]:
         """Return a place in the passes, or the start of the next one if none of this loader's batches follows."""

@@ -116,6 +116,46 @@ def test_numbers_of_numpy_do_not_get_into_the_state(store):
     assert {type(value) for value in state.values()} == {int, bool}  # torch.load(weights_only=True) takes them
 
 
+def test_setting_the_epoch_gives_up_a_pass_that_was_left(store):
+    with open_loader(store, batch_size=4, shuffle=True, backend="torch") as loader:
+        next(iter(loader))
+        loader.set_epoch(7)
+        state = loader.state_dict()
+        assert (state["epoch"], state["position"]) == (7, 0)
+        expected = visited(list(loader))
+        loader.load_state_dict(state)
+        assert visited(list(loader)) == expected == whole_pass(store, epoch=7, shuffle=True)
+        iterator = iter(loader)
+        next(iterator)
+        loader.epoch = 2
+        next(iterator)  # that pass is under way after all
+        assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (8, 8)
+        assert loader.epoch == 2
+        with pytest.raises(ValueError, match="epoch is -1, expected 0 or more"):
+            loader.set_epoch(-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position": -5}, "the state's position is -5, expected 0 to 24"),
+        ({"position": 25}, "the state's position is 25, expected 0 to 24"),
+        ({"position": 1.5}, "the state's position is 1.5, expected a whole number, 0 to 24"),
+        ({"epoch": -1}, "the state's epoch is -1, expected 0 or more"),
+        ({"epoch": None}, "the state's epoch is None, expected a whole number"),
+    ],
+)
+def test_a_state_of_no_place_is_refused(store, change, message):
+    with open_loader(store, backend="torch", threads=1) as loader:
+        state = loader.state_dict()
+        with pytest.raises(ValueError, match=message):
+            loader.load_state_dict({**state, **change})
+        (name,) = change
+        del state[name]
+        with pytest.raises(ValueError, match=f"the state's {name} is None, expected a whole number"):
+            loader.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
