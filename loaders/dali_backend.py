@@ -164,8 +164,15 @@ def through_dali(
     plans: deque[tuple[BatchPlan, np.ndarray]] = deque()
     kind = {"uint8": types.UINT8, "uint16": types.UINT16, "float32": types.FLOAT}[str(output.table(_CPU).dtype)]
 
+    waited = 0.0  # within the pipeline, for batches
+
     def feed() -> np.ndarray:
-        plan, array = next(batches)
+        nonlocal waited
+        asked = time.perf_counter()
+        try:
+            plan, array = next(batches)
+        finally:
+            waited += time.perf_counter() - asked
         plans.append((plan, array))
         return array
 
@@ -173,14 +180,15 @@ def through_dali(
     def volumes():  # type: ignore[no-untyped-def]  # DALI reads the body as a graph
         return fn.external_source(source=feed, batch=True, no_copy=True, dtype=kind, ndim=len(output.picture.shape))
 
+    started = time.perf_counter()
     for outputs in _run(volumes()):
         plan, array = plans.popleft()
-        started = time.perf_counter()
         pictures = output.picture.split(torch.from_dlpack(outputs[0].as_tensor()))
         images = output.finish(pictures, epoch, plan.positions)
-        timing.augment += time.perf_counter() - started
+        timing.augment += time.perf_counter() - started - waited
         yield plan, images
         del images, pictures, outputs, array
+        started, waited = time.perf_counter(), 0.0
 
 
 def _run(pipeline: Any) -> Iterator[Any]:

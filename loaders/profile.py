@@ -173,8 +173,10 @@ def judge(timing: Timing, stages: list[Stage], *, inflates: bool, remote: bool, 
             advice.append("the DALI backend would carry compressed bytes, fewer by the store's ratio")
     both = 1 / (1 / speed["read again"] + 1 / speed[used[1]])
     if timing.scans_per_second < 0.7 * min(both, speed[bottleneck]):
+        seconds = f"({timing.augment:.2f} s of {timing.elapsed:.2f})"
         advice.append("the loader is slower than its stages: other programs use this machine, or scaling, augmenting "
-                      f"and DALI ({timing.augment:.2f} s of {timing.elapsed:.2f}) take their time")  # fmt: skip
+                      + (f"{seconds} and inflating take" if inflates else f"and DALI {seconds} take")
+                      + " their time")  # fmt: skip
     return bottleneck, advice
 
 

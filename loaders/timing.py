@@ -28,7 +28,8 @@ class Timing:
     copy
         To a GPU, by its own clock; DALI's copies are a part of its pipeline and not seen.
     augment
-        Scaling and augmenting batches outside the threads; on a GPU by its own clock.
+        Scaling and augmenting batches outside the threads; on a GPU by its own clock. Without a GPU, DALI's pipeline
+        too: building and running it.
     starved
         The consumer waited for a batch.
     idle

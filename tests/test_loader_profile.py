@@ -17,8 +17,9 @@ import torch
 from small_store import make_store
 
 from ingest.shard import shard_path
-from loaders import CorruptShardError, open_loader
+from loaders import CorruptShardError, dali_backend, open_loader
 from loaders.cli import main
+from loaders.fetch import ShardFetcher
 from loaders.profile import Stage, judge, profile_store
 from loaders.timing import Timing
 
@@ -57,6 +58,26 @@ def test_a_pass_accounts_for_its_scans_and_bytes(store, backend):
             assert 0 < timing.starved <= timing.elapsed
             assert timing.scans_per_second == pytest.approx(SCANS / timing.elapsed)
             assert timing.decoded_on_cpu == 0
+
+
+def test_what_dali_takes_on_a_cpu_is_counted(store, monkeypatch):
+    def slowly(run: Any) -> Any:
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.02)
+            return run(*arguments)
+
+        return slow
+
+    run = dali_backend._run
+    monkeypatch.setattr(dali_backend, "_run", lambda pipeline: map(slowly(lambda outputs: outputs), run(pipeline)))
+    fetch = ShardFetcher.fetch
+    monkeypatch.setattr(ShardFetcher, "compiled", False)
+    monkeypatch.setattr(ShardFetcher, "fetch", slowly(fetch))  # which is no part of it
+    with open_loader(store, batch_size=5, backend="dali", device="cpu", threads=1) as loader:
+        for _ in loader:
+            time.sleep(0.02)
+    assert loader.timing.augment >= 5 * 0.02
+    assert loader.timing.augment + loader.timing.starved <= loader.timing.elapsed
 
 
 def test_whoever_waits_is_told_apart(store, monkeypatch):
