@@ -22,7 +22,9 @@ demo: $(INSTALLED)
 
 test: lint
 	@# One thread each for torch: the tests run side by side, and OpenMP's threads spin while they wait for one another.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	@# Most are about a CPU: where there is a GPU, its own tests run by themselves.
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	if nvidia-smi -L > /dev/null 2>&1; then $(BIN)/pytest -m gpu; fi
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

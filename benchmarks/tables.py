@@ -208,7 +208,7 @@ def _list_files(folder: Path) -> int:
 
 
 def _open(store: Path) -> int:
-    with open_loader(store, batch_size=1, backend="torch") as loader:
+    with open_loader(store, batch_size=1, backend="torch", device="cpu") as loader:
         return len(loader)
 
 
