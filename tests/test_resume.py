@@ -183,10 +183,10 @@ def test_a_file_that_became_bad_loses_its_shard(source, tmp_path):
     src, out = tmp_path / "src", tmp_path / "s.zarr"
     shutil.copytree(source, src)
     ingest(src, out)
-    (src / "9000003.nii.gz").write_bytes(b"broken now")
+    write_nifti(src / "9000003.nii.gz", np.zeros((40, 48, 40), np.int16), np.diag([4.0, 4, 4, 1]))
     summary = ingest(src, out)
     assert summary.changed == 1
-    assert open_store(out).scans["status"][3] == "bad_nifti"
+    assert open_store(out).scans["status"][3] == "bad_image"
     assert not (out / "volumes/c/3/0/0/0").exists()
     (src / "9000004.nii.gz").unlink()  # what is stored stays, whatever becomes of the source
     ingest(src, out)
