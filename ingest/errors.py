@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-#: What the system says where nothing can be written.
+#: What the system says where nothing can be written: the disk is full, over quota, read-only, or not ours.
 CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 

@@ -96,8 +96,6 @@ def find_scans(
     bids_folders_only = layout is Layout.bids or (
         layout is Layout.auto and (source / "dataset_description.json").is_file()
     )
-    if image and layout is not Layout.flat:  # as users paste it; of a flat folder it is any part of a name
-        image = re.sub(r"\.(nii|img)(\.gz)?$", "", image, flags=re.IGNORECASE)
     root = str(source.absolute())
     best: tuple[int, int] | None = None
     scans: list[ScanSource] = []

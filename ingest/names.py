@@ -78,14 +78,15 @@ def bids_scan(root: str, file: str, image: str | None) -> Ranked | None:
     Parameters
     ----------
     image
-        A suffix, after entities that the name must have: ``T1w``, ``space-MNI152NLin2009cAsym_desc-preproc_T1w``. If
-        None, T1w; scans resampled to another space (``space-``) only where there are no others.
+        A suffix, after entities that the name must have: ``T1w``, ``space-MNI152NLin2009cAsym_desc-preproc_T1w``; it
+        may end in ``.nii.gz``. If None, T1w; scans resampled to another space (``space-``) only where there are no
+        others.
     """
     stem = volume_stem(os.path.basename(file))
     if stem is None or not stem.startswith("sub-") or not BIDS_EXTRAS.isdisjoint(file.split(os.sep)[:-1]):
         return None
     *parts, suffix = stem.split("_")
-    *wanted, wanted_suffix = (image or BIDS_SUFFIX).split("_")
+    *wanted, wanted_suffix = (image or BIDS_SUFFIX).removesuffix(".gz").removesuffix(".nii").split("_")
     if suffix != wanted_suffix or not set(wanted) <= set(parts):
         return None
     participant, session, others = "", "", list[str]()

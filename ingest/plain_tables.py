@@ -17,6 +17,7 @@ from ingest.sidecar import Levels
 _MAX_CATEGORIES = 20  # more different texts than this are names or remarks, not categories
 _MAX_NAME_BYTES = 255  # of a folder on most disks
 _SHOWN = 60  # characters of a name that is too long
+_NO_LABELS = NO_ANSWER | {"", "n/a", "na", "nan"}  # of levels; "none" may be one, of a disease
 _NUMBER = re.compile(r"[+-]?\d{1,9}(\.\d{0,9})?", re.ASCII)
 _LONG = re.compile(r"[+-]?\d{16,}", re.ASCII)  # of which different ones are the same float64
 _WITH_COMMA = re.compile(r"[+-]?\d[\d.]*(,[\d.]+)+", re.ASCII)  # 60,5 or 1,234.5
@@ -91,8 +92,9 @@ def plain_variables(
         texts = [normal(rows[place]) for place in places]
         text = agreed([t.mask(t.isin(MISSING | NO_ANSWER)) for t in texts], [names[p] for p in places], notes)
         answers = pd.Series(text.dropna().unique(), dtype=object)
-        labels = _labels_of(levels.get(names[places[0]], {}), answers)
-        if labels and known and known.labels:
+        a_number = known is not None and not known.labels
+        labels = {} if a_number else _labels_of(levels.get(names[places[0]], {}), answers)
+        if labels and known:
             text = text.map(labels)  # which are read as any labels are: their codes are others here
             answers = pd.Series(text.dropna().unique(), dtype=object)
         elif labels:
@@ -123,11 +125,12 @@ def plain_variables(
 
 
 def _labels_of(levels: Mapping[str, str], answers: pd.Series) -> dict[str, str]:
-    """Return the label of each answer, both in lower case; nothing if one has none."""
+    """Return the label of each answer that is one, both in lower case; nothing if the code of one is not there."""
     by_code = {_plain_code(code): " ".join(label.lower().split()) for code, label in levels.items()}
     if answers.empty or not answers.map(_plain_code).isin(by_code).all():
         return {}
-    return {answer: by_code[_plain_code(answer)] for answer in answers}
+    labels = {answer: by_code[_plain_code(answer)] for answer in answers}
+    return {answer: label for answer, label in labels.items() if label not in _NO_LABELS}
 
 
 def _plain_code(code: str) -> str:

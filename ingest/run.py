@@ -43,8 +43,6 @@ from ingest.workers import run_in_processes, run_in_threads
 
 _GONE_AFTER = 8  # scans that cannot be fetched, one after the other; each has been tried for most of a minute
 
-#: The disk is full, over quota, read-only, or not ours.
-
 
 def ingest(
     source: str | Place,

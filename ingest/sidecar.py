@@ -15,7 +15,9 @@ Levels = Mapping[str, Mapping[str, str]]
 def read_sidecar(table: Place) -> str | None:
     """Return the text of the JSON file beside a table, or None if there is none."""
     beside = table.parent / f"{table.name.removesuffix(table.suffix)}.json"
-    return beside.read_text() if table.suffix == ".tsv" and beside.is_file() else None
+    if table.suffix != ".tsv" or not beside.is_file():
+        return None
+    return beside.read_bytes().decode("utf-8-sig", errors="replace")
 
 
 def parse_levels(text: str | None, notes: Notes) -> Levels:

@@ -169,21 +169,23 @@ def levels(tmp_path, text: str, sidecar: object):
 def test_levels_tell_what_codes_mean(tmp_path):
     found = levels(
         tmp_path,
-        "participant,sex,smoking,hand,stage\n9000001,0,1,R,3\n9000002,1,2,L,1.0\n9000003,1,n/a,R,2\n",
+        "participant,sex,smoking,hand,stage,age\n9000001,0,1,R,3,61\n9000002,1,2,L,1.0,62\n9000003,1,-3,R,9,63\n",
         {
             "sex": {"Levels": {"0": "male", "1": "female"}},
-            "smoking": {"Levels": {"1": {"Description": "Never"}, "2": {"Description": "Current"}}},
+            "smoking": {"Levels": {"1": {"Description": "Never"}, "2": {"Description": "Current"}, "-3": "not known"}},
             "hand": {"Levels": {"L": "left", "R": "right"}},
-            "stage": {"Levels": {"1": "none", "2": "mild", "3": "severe"}},
+            "stage": {"Levels": {"1": "none", "2": "mild", "3": "severe", "9": "n/a"}},
+            "age": {"Levels": {"61": "sixty-one", "62": "sixty-two", "63": "sixty-three"}},
         },
     )
     assert found.table["sex"].tolist() == [1, 1, 0, 0], "UK Biobank's code of male is 1"
     np.testing.assert_array_equal(found.table["smoking"], [0, 0, 2, np.nan])
     assert found.table["hand"].tolist() == [1, 1, 0, 1]
     assert found.variables["hand"]["labels"] == {"0": "left", "1": "right"}
-    assert found.table["stage"].tolist() == [3, 3, 1, 2]
-    assert found.variables["stage"]["labels"] == {"1": "none", "2": "mild", "3": "severe"}
-    assert found.variables["stage"]["task"] == "multiclass"
+    np.testing.assert_array_equal(found.table["stage"], [3, 3, 1, np.nan])
+    assert found.variables["stage"]["labels"] == {"1": "none", "3": "severe"}
+    assert found.variables["stage"]["task"] == "binary"
+    assert found.table["age"].tolist() == [61, 61, 62, 63], "which is a number, whatever is said of it"
     assert found.warnings == []
 
 
