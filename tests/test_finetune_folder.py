@@ -87,28 +87,21 @@ def test_one_process_at_a_time(store, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "r").exists()
 
 
-def test_phenotypes_that_have_changed_are_found_out(tmp_path):
+@pytest.mark.parametrize("change", ["other values", "exchanged"])
+def test_phenotypes_that_have_changed_are_found_out(tmp_path, change):
+    """Where two of them are exchanged, as by a corrected table, means and frequencies stay the same."""
     make_brains(tmp_path / "s.zarr")
     settings = tiny_settings(target="age", checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt):
         finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False, on_progress=stop_after(2))
     table = open_store(tmp_path / "s.zarr")
-    write_phenotypes(tmp_path / "s.zarr", table.phenotypes.assign(age=table.phenotypes["age"] * 2), table.variables)
-    with pytest.raises(StoreError, match=r"r was begun with other values of age.*--overwrite"):
-        finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False)
-
-
-def test_labels_that_are_exchanged_are_found_out(tmp_path):
-    """Means and frequencies stay the same, as after an ingest of a corrected table."""
-    make_brains(tmp_path / "s.zarr")
-    settings = tiny_settings(target="age", checkpoint_every=1)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False, on_progress=stop_after(2))
-    table = open_store(tmp_path / "s.zarr")
-    split = read_split(tmp_path / "r" / "split.csv").parts(table.scans["participant"])
-    one, other = np.flatnonzero(split == "test")[:2]
-    age = table.phenotypes["age"].to_numpy().copy()
-    age[[one, other]] = age[[other, one]]
+    age = table.phenotypes["age"].to_numpy() * 2
+    if change == "exchanged":
+        age = age / 2
+        split = read_split(tmp_path / "r" / "split.csv").parts(table.scans["participant"])
+        one, other = np.flatnonzero(split == "test")[:2]
+        age[[one, other]] = age[[other, one]]
     write_phenotypes(tmp_path / "s.zarr", table.phenotypes.assign(age=age), table.variables)
-    with pytest.raises(StoreError, match=r"r was begun with other scans, or other values of age.*--overwrite"):
+    what = "other scans, or other values" if change == "exchanged" else "other values"
+    with pytest.raises(StoreError, match=rf"r was begun with {what} of age.*--overwrite"):
         finetune(str(tmp_path / "s.zarr"), tmp_path / "r", settings, report=False)

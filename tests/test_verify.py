@@ -406,24 +406,3 @@ def test_command_line(store, made, tmp_path):
     done = call(main, "verify", tmp_path / "absent.zarr")
     assert done.returncode == 1
     assert done.stderr.startswith("error: no store")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("verify", "s.zarr", "--sample", 3), "add --against SRC"),
-        (("run", "src", "s.zarr", "--workers", 2, "--scheduler", "tcp://127.0.0.1:1"), "the scheduler has its own"),
-        (("run", "src", "s.zarr", "--slab", 3), "slab is 3, expected a divisor"),
-        (("simulate", "d", "--participants", 1000000), "900000"),
-        (("simulate", "d", "--participants", 1, "--seed", -1), "--seed"),
-        (("withdraw", "w.csv", "broken.zarr"), "zarr.json is damaged"),
-    ],
-)
-def test_options_that_cannot_be_are_a_line(tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "w.csv").write_text("eid\n9000001\n")
-    (tmp_path / "broken.zarr").mkdir()
-    (tmp_path / "broken.zarr" / "zarr.json").write_text('{"attributes": {"form')
-    done = call(main, *arguments)
-    assert done.returncode in (1, 2)
-    assert words in " ".join(done.stderr.replace("│", " ").split())
