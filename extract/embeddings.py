@@ -21,6 +21,7 @@ from extract.formats import DAMAGE, KINDS
 from extract.tables import Features, Tables, flat_names
 from extract.writing import is_full, not_written, sync
 from ingest.errors import StoreError
+from ingest.people import participant_key
 from ingest.store import check_format
 
 FORMAT = "brain-embeddings"
@@ -42,7 +43,8 @@ class Samples(NamedTuple):
     y
         float64 (scan,), values or codes; what codes mean is in `Embeddings.variables`.
     groups
-        (scan,), who they are: to be split by people, never by scans (`sklearn.model_selection.GroupKFold`).
+        (scan,), who they are, in one spelling (``01`` for ``sub-01``): to be split by people, never by scans
+        (`sklearn.model_selection.GroupKFold`).
     """
 
     X: np.ndarray
@@ -122,7 +124,8 @@ class Embeddings:
             raise ValueError(f"no phenotype {target!r} in the embeddings; there are: {there}")
         y = as_numbers(self.phenotypes[target], target)
         chosen = ~np.isnan(y) if known_only else np.ones(len(y), np.bool_)
-        return Samples(self.features[chosen], y[chosen], self.scans["participant"].to_numpy()[chosen])
+        people = self.scans["participant"].map(participant_key).to_numpy()
+        return Samples(self.features[chosen], y[chosen], people[chosen])
 
     def _tables(self) -> Tables:
         return Tables(self.scans, self.phenotypes, self.variables, self.attrs)

@@ -23,6 +23,7 @@ from extract.blocks import parts_path, start_parts, write_block
 from extract.resume import extract_to
 from ingest.errors import StoreError
 from ingest.lock import store_lock
+from ingest.people import participant_key
 from ingest.withdraw import withdraw
 
 KINDS = (".zarr", ".h5", ".parquet", ".npz")
@@ -146,11 +147,14 @@ def test_for_scikit_learn(embeddings, files):
     known = embeddings.phenotypes["sex"].notna().to_numpy()
     np.testing.assert_array_equal(X, embeddings.features[known])
     np.testing.assert_array_equal(y, embeddings.phenotypes["sex"][known])
-    assert list(groups) == list(embeddings.scans["participant"][known])
+    people = embeddings.scans["participant"].map(participant_key)
+    assert list(groups) == list(people[known])
     scores = cross_val_score(LogisticRegression(), X, y, groups=groups, cv=GroupKFold(3), scoring="roc_auc")
     assert scores.mean() > 0.7
     everybody = embeddings.xy("sex", known_only=False)
     assert np.isnan(everybody.y).sum() == (~known).sum()
+    spelt = replace(embeddings, scans=embeddings.scans.assign(participant=people))
+    assert list(spelt.xy("sex").groups) == list(groups), "one person in all spellings"
     with pytest.raises(ValueError, match="no phenotype 'age' in the embeddings; there are: sex, f3, session"):
         embeddings.xy("age")
 
