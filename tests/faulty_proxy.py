@@ -263,9 +263,9 @@ class FaultyProxy:
             last = left is not None and (len(block) >= left or block == LAST_CHUNK)
             if last:
                 block = b"" if block == LAST_CHUNK else block[:left]
-            self._pace(client, block, fault.rate if fault and fault.kind == "slow" else 0.0)
-            with self._lock:
+            with self._lock:  # before it goes: a client that has all of it may ask at once
                 self.downloaded[request.operation] += len(block)
+            self._pace(client, block, fault.rate if fault and fault.kind == "slow" else 0.0)
             if last:
                 return False
             if left is not None:
