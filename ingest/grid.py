@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,12 +70,16 @@ NATIVE_GRID = Grid((160, 192, 160), 1.0, _translation((-79.5, -95.5, -79.5)), NA
 
 GRIDS = {MNI152: MNI152_GRID, NATIVE: NATIVE_GRID}
 
+#: BIDS' names of templates that are smaller than MNI152, or larger, or elsewhere.
+_OTHER_TEMPLATE = re.compile("space-mni(305|colin27|infant|pediatric)")
+
 
 def space_of(name: str, affine: np.ndarray, shape_xyz: tuple[int, ...], form_code: int) -> str:
     """Tell whether a volume is in MNI152 space or in the scanner's.
 
-    A file says so by its name (UK Biobank's ``*_to_MNI*``, BIDS' ``space-MNI*``), by the code of its sform or
-    qform (4 is MNI152 in the NIfTI standard), or by having FSL's very grid.
+    A file says so by its name (UK Biobank's ``*_to_MNI*``, BIDS' ``space-MNI152*``), by the code of its sform or
+    qform (4 is MNI152 in the NIfTI standard), or by having FSL's very grid. A name that tells another template of
+    that institute, such as ``space-MNI305``, is believed before the code: tools write 4 for any template.
 
     Parameters
     ----------
@@ -88,6 +93,8 @@ def space_of(name: str, affine: np.ndarray, shape_xyz: tuple[int, ...], form_cod
         ``sform_code`` if set, else ``qform_code``.
     """
     stem = name.lower()
+    if _OTHER_TEMPLATE.search(stem):
+        return NATIVE
     if "to_mni" in stem or "space-mni" in stem or form_code == 4:
         return MNI152
     if tuple(shape_xyz) == FSL_MNI152_SHAPE and np.allclose(affine, FSL_MNI152_AFFINE, atol=1e-3):

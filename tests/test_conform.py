@@ -181,6 +181,9 @@ def test_space_of():
     eye = np.eye(4)
     assert space_of("T1_brain_to_MNI.nii.gz", eye, (9, 9, 9), 0) == MNI152
     assert space_of("sub-1_space-MNI152NLin6Asym_T1w.nii", eye, (9, 9, 9), 0) == MNI152
+    assert space_of("sub-1_space-MNI_T1w.nii", eye, (9, 9, 9), 0) == MNI152
+    for other in ("MNI305", "MNIInfant", "MNIPediatricAsym", "MNIColin27"):
+        assert space_of(f"sub-1_space-{other}_cohort-1_T1w.nii", eye, (9, 9, 9), 4) == NATIVE
     assert space_of("a.nii", eye, (9, 9, 9), 4) == MNI152
     assert space_of("a.nii", FSL_MNI152_AFFINE, (182, 218, 182), 1) == MNI152
     assert space_of("a.nii", eye, (182, 218, 182), 1) == NATIVE
