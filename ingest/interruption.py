@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 
@@ -18,6 +19,8 @@ GOES_ON = "the same command{} goes on where it was"
 @contextlib.contextmanager
 def told_interruption(errors: Console, advice: Mapping[str, str]) -> Iterator[None]:
     """Say in one line that Ctrl-C has ended the command that runs meanwhile, and what there is to do then.
+
+    Of the processes that torchrun starts, which Ctrl-C ends together, the first says it.
 
     Parameters
     ----------
@@ -37,5 +40,6 @@ def told_interruption(errors: Console, advice: Mapping[str, str]) -> Iterator[No
     given = sys.argv[1:]
     command = given[0] if given and given[0] in advice else "run"
     text = advice.get(command, "").format(" without --overwrite" if "--overwrite" in given else "")
-    errors.print("interrupted" + (f"; {text}" if text else ""), soft_wrap=True, highlight=False, markup=False)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        errors.print("interrupted" + (f"; {text}" if text else ""), soft_wrap=True, highlight=False, markup=False)
     sys.exit(INTERRUPTED)

@@ -27,6 +27,13 @@ _LOCAL_WORKERS = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
 }
+#: A script for local workers. Ctrl-C goes to all processes of a terminal, where each worker would print a traceback;
+#: it is for this process alone, which ends its workers, and that they were at work then is no news.
+_DEAF_TO_CTRL_C = """
+import logging, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
+"""
 _LARGEST_BATCH = 16  # tasks sent at once: dask spends some 10 ms of this process on each batch
 
 
@@ -91,7 +98,8 @@ def run_in_processes(
         if scheduler is None:
             count = min(workers, len(tasks))
             limit = "auto" if memory_limit is None else memory_limit
-            with dask.config.set(_LOCAL_WORKERS):
+            scripts = [*dask.config.get("distributed.worker.preload"), _DEAF_TO_CTRL_C]
+            with dask.config.set(_LOCAL_WORKERS, **{"distributed.worker.preload": scripts}):
                 cluster = LocalCluster(  # any free port: two runs on one machine must not quarrel about one
                     n_workers=count, threads_per_worker=1, memory_limit=limit, dashboard_address="127.0.0.1:0"
                 )

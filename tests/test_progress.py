@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,14 @@ def source(tmp_path_factory) -> Path:
     for number in (7, 8):
         (folder / f"{9000000 + number}.nii.gz").write_bytes(b"broken")
     return folder
+
+
+def patched(folder: Path, script: str) -> dict[str, str]:
+    """Return an environment in which each process runs a script first: Python imports sitecustomize as it starts."""
+    (folder / "patch").mkdir()
+    (folder / "patch" / "sitecustomize.py").write_text(script)
+    path = os.pathsep.join([str(folder / "patch"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "300"}
 
 
 def plain(text: str) -> str:
@@ -189,6 +198,35 @@ def test_ctrl_c_is_told_in_one_line(main, works, command, told, monkeypatch):
     monkeypatch.setattr(works, stop)
     done = call(main, *command.split())
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"interrupted{told}\n")
+    monkeypatch.setenv("RANK", "1")
+    done = call(main, *command.split())
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_is_told_in_one_line_by_a_run_with_workers(source, tmp_path):
+    """Ctrl-C reaches all processes of a terminal."""
+    working = tmp_path / "working"
+    env = patched(
+        tmp_path,
+        "import pathlib, signal, time\n"
+        "import ingest.convert\n"
+        "conform = ingest.convert.conform\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests run in the background ignore it
+        "def stay(volume, grid):\n"
+        f"    pathlib.Path({str(working)!r}).touch()\n"
+        "    time.sleep(1)\n"
+        "    return conform(volume, grid)\n"
+        "ingest.convert.conform = stay\n",
+    )
+    command = [INGEST, str(source), str(tmp_path / "s.zarr"), "--workers", "2"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True) as run:
+        while not working.exists():
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)
+        out, err = run.communicate(timeout=120)
+    assert (run.returncode, out.strip(), err.strip()) == (130, "", "interrupted; the same command goes on where it was")
 
 
 def test_a_command_that_is_misspelt_is_told_from_a_folder(tmp_path, monkeypatch):
@@ -210,7 +248,6 @@ def test_a_command_that_is_misspelt_is_told_from_a_folder(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_an_unexpected_error_is_logged_once_with_its_traceback(source, tmp_path, workers):
-    """Every process of this run gets a conform() that fails for one scan: Python imports sitecustomize as it starts."""
     folder = tmp_path / "src"
     folder.mkdir()
     for file in sorted(source.iterdir())[:4]:
@@ -218,18 +255,16 @@ def test_an_unexpected_error_is_logged_once_with_its_traceback(source, tmp_path,
     image = nib.load(source / "9000005.nii.gz")
     image.header["descrip"] = "provoke an error"
     nib.save(image, folder / "9000005.nii.gz")
-    (tmp_path / "patch").mkdir()
-    (tmp_path / "patch" / "sitecustomize.py").write_text(
+    env = patched(
+        tmp_path,
         "import ingest.convert\n"
         "conform = ingest.convert.conform\n"
         "def fail_for_one(volume, grid):\n"
         "    if volume.description == 'provoke an error':\n"
         "        raise ZeroDivisionError('nobody thought of this')\n"
         "    return conform(volume, grid)\n"
-        "ingest.convert.conform = fail_for_one\n"
+        "ingest.convert.conform = fail_for_one\n",
     )
-    path = os.pathsep.join([str(tmp_path / "patch"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "300"}
     command = [INGEST, str(folder), str(tmp_path / "s.zarr"), "--workers", workers]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 1
