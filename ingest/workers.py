@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -103,7 +104,12 @@ def run_in_processes(
                 cluster = LocalCluster(  # any free port: two runs on one machine must not quarrel about one
                     n_workers=count, threads_per_worker=1, memory_limit=limit, dashboard_address="127.0.0.1:0"
                 )
+            nanny = logging.getLogger("distributed.nanny")
+            stack.callback(nanny.setLevel, nanny.level)
             client = stack.enter_context(Client(stack.enter_context(cluster)))
+            stack.callback(
+                nanny.setLevel, logging.ERROR
+            )  # that it kills workers at the end, if they are slow, is no news
         else:
             client = stack.enter_context(_connect(scheduler))
             client.wait_for_workers(1)
