@@ -19,13 +19,16 @@ import pandas as pd
 from extract.checks import as_numbers, check_features_to_write, check_tables, check_tables_to_write
 from extract.formats import DAMAGE, KINDS
 from extract.tables import Features, Tables, flat_names
-from extract.writing import is_full, not_written, sync
+from extract.writing import behind_link, is_full, not_written, sync
 from ingest.errors import StoreError
 from ingest.people import participant_key
 from ingest.store import check_format
 
 FORMAT = "brain-embeddings"
 FORMAT_VERSION = 1
+
+#: How often a file is read that others replace meanwhile.
+_TRIES = 3
 
 #: Columns of ``scans/`` after ``row``. If a scan's differ from those in the store, it was embedded from another image.
 SCAN_COLUMNS = (
@@ -147,6 +150,24 @@ def open_embeddings(path: str | Path, layer: str | None = None) -> Embeddings:
         If it is no embedding file, of an unknown version, damaged, or has no such layer.
     """
     path = local_path(path)
+    for _ in range(_TRIES):
+        before = _identity(path)
+        embeddings = _read_all(path)
+        if _identity(path) == before:
+            return embeddings if layer is None else _one_layer(embeddings, layer, path)
+    raise StoreError(f"{path} is replaced again and again while it is read; wait until extract has ended")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what is another when a file, or a folder, was put in its place: tables and features are of one."""
+    try:
+        found = path.stat()
+    except OSError:  # reading it says why
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _read_all(path: Path) -> Embeddings:
     tables = read_tables(path)
     blocks = read_features(path)
     first = next(blocks)
@@ -158,8 +179,7 @@ def open_embeddings(path: str | Path, layer: str | None = None) -> Embeddings:
         start += len(block)
     if start != len(features):
         raise StoreError(f"{path} has features of {start} scans and a table of {len(features)}; extract them again")
-    embeddings = Embeddings(features, tables.scans, tables.phenotypes, tables.variables, tables.attrs)
-    return embeddings if layer is None else _one_layer(embeddings, layer, path)
+    return Embeddings(features, tables.scans, tables.phenotypes, tables.variables, tables.attrs)
 
 
 def read_tables(path: Path) -> Tables:
@@ -271,6 +291,7 @@ def write_file(path: Path, tables: Tables, shape: tuple[int, ...], features: Fea
         If the disk is full, or a folder that is no embeddings is there.
     """
     check_suffix(path)
+    path = behind_link(path)
     if path.is_dir():
         check_replaceable(path)
     tables = replace(tables, attrs={"format": FORMAT, "format_version": FORMAT_VERSION, **tables.attrs})

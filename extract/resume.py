@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from extract.embeddings import check_replaceable, check_suffix, read_tables, rem
 from extract.encoder import Encoder, describe
 from extract.run import encode, fitting_batch_size, provenance, scans_table, wanted_rows
 from extract.timing import Timing, add_up
+from extract.writing import behind_link
 from ingest.errors import StoreError
 from ingest.lock import store_lock
 from ingest.places import Place
-from ingest.store import VolumeStore, open_store
+from ingest.store import VolumeStore, open_store, unchanged
 from loaders.opening import choose_backend
 
 
@@ -146,6 +147,7 @@ def extract_to(
     """
     started = time.perf_counter()
     check_suffix(out)
+    out = behind_link(out)
     choose_backend(backend, encoder.device)  # refused before anything is begun
     group = group or Group()
     parts = parts_path(out)
@@ -171,6 +173,9 @@ def extract_to(
         if group.rank:
             return None
         begun = time.perf_counter()
+        volumes, wanted = _still_there(volumes, wanted)
+        if had is not None:
+            had = replace(had, place=_old_places(wanted, had.tables.scans))
         attrs = provenance(volumes, encoder, backend)
         tables, width, skipped = assemble(out, volumes, wanted, had, parts, attrs)
         remove_parts(parts)
@@ -254,6 +259,15 @@ def _prepare(
     if len(rows):
         start_parts(parts, {**settings, "batch_size": batch_size})
     return had, _Plan(rows, batch_size, 0 if finished is None else finished.next_number, settings)
+
+
+def _still_there(volumes: VolumeStore, wanted: pd.DataFrame) -> tuple[VolumeStore, pd.DataFrame]:
+    """Look at the store again: people may have withdrawn from it while their scans were embedded."""
+    now = open_store(volumes.path)
+    same = unchanged(volumes, now, wanted["row"].to_numpy())
+    if not same.any():
+        raise StoreError(f"all scans have left {volumes.path} while they were embedded; run the same command again")
+    return now, wanted[same].reset_index(drop=True)
 
 
 def _old_places(wanted: pd.DataFrame, had: pd.DataFrame) -> np.ndarray:

@@ -23,7 +23,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Parameters
     ----------
     path
-        Replaced if it exists.
+        Replaced if it exists; of a link, what it leads to.
     write
         Called with the name to write to.
 
@@ -32,6 +32,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     StoreError
         If the system does not let it be written.
     """
+    path = behind_link(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary.is_file():
             temporary.unlink()
+
+
+def behind_link(path: Path) -> Path:
+    """Return where a file itself is: a link to it is not to be replaced, for others lead there, too."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def sync(path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from extract.checkpoints import FORMAT, NOTE
 from extract.errors import WeightsUnavailableError
-from extract.writing import write_whole
+from extract.writing import check_writable, write_whole
 from finetune.build import check_volumes
 from finetune.checkpoints import LoadedRun, checkpoint_of, load_run
 from finetune.heads import Head
@@ -97,6 +97,7 @@ def export_run(run: str | Path, out: str | Path, *, overwrite: bool = False) -> 
         )
     if out.exists() and not overwrite:
         raise StoreError(f"{out} exists; add --overwrite to replace it, or choose another name")
+    check_writable(out)
     loaded = load_run(run)
     try:
         _grid(loaded)

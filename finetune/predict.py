@@ -19,6 +19,7 @@ from extract.grey import collapse_to_grey
 from extract.inputs import resize, target_size
 from extract.probing.apply import check_table_suffix
 from extract.trained import other_store, same_store
+from extract.writing import check_writable
 from finetune.build import check_volumes
 from finetune.checkpoints import BEST, LAST, LoadedRun, load_run
 from finetune.cohort import some_rows
@@ -29,7 +30,7 @@ from finetune.results import RESULTS, SETTINGS, SPLIT
 from finetune.split import PARTS, read_split
 from ingest.errors import StoreError
 from ingest.places import Place
-from ingest.store import VolumeStore, open_store
+from ingest.store import VolumeStore, open_store, unchanged
 from loaders.views import Images, View, plan_picture
 
 
@@ -131,6 +132,7 @@ def predict_to(
     """
     out, run = Path(out), Path(run)
     check_table_suffix(out)
+    check_writable(out)
     if out.exists() and not overwrite:
         raise StoreError(f"{out} exists; add --overwrite to replace it, or choose another name")
     loaded = load_run(run)
@@ -151,7 +153,7 @@ def predict_to(
             on_error="skip", on_batch=on_batch,
         )  # fmt: skip
     seconds = time.perf_counter() - begun
-    outputs = _finite(outputs, str(dtype).removeprefix("torch."))
+    outputs = _finite(_still_there(outputs, volumes), str(dtype).removeprefix("torch."))
     table = prediction_table(volumes, outputs, loaded.heads, network.head_slices)
     part = _parts(run, loaded, volumes, outputs.rows)
     if part is not None:
@@ -240,6 +242,16 @@ def _fitting(network: ScanNetwork, volumes: VolumeStore, device: torch.device, d
     return scans_at_a_time(run, device, picture)
 
 
+def _still_there(outputs: Outputs, volumes: VolumeStore) -> Outputs:
+    """Return what was predicted without scans that have left the store meanwhile: their people may have withdrawn."""
+    now = open_store(volumes.path)
+    there = unchanged(volumes, now, outputs.rows)
+    left_out = np.array(list(outputs.skipped), np.int64)
+    kept = set(left_out[unchanged(volumes, now, left_out)].tolist())
+    skipped = {row: reason for row, reason in outputs.skipped.items() if row in kept}
+    return replace(outputs, rows=outputs.rows[there], values=outputs.values[there], skipped=skipped)
+
+
 def _finite(outputs: Outputs, precision: str) -> Outputs:
     """Return what can be predicted from; scans of which the network makes no numbers are skipped.
 
@@ -251,6 +263,8 @@ def _finite(outputs: Outputs, precision: str) -> Outputs:
     there = np.isfinite(outputs.values).all(axis=1)
     reason = f"predictions are no finite numbers: the weights do not work in {precision}"
     skipped = dict(sorted((outputs.skipped | dict.fromkeys(outputs.rows[~there].tolist(), reason)).items()))
+    if not there.any() and not skipped:
+        raise ValueError("all scans have left the store while they were predicted for")
     if not there.any():
         row, why = next(iter(skipped.items()))
         raise ValueError(f"nothing can be predicted for any of {len(skipped)} scans; row {row}: {why}")

@@ -19,12 +19,19 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
 @contextlib.contextmanager
-def store_lock(store: Place) -> Iterator[Callable[[], None]]:
+def store_lock(store: Place, *, shared: bool = False) -> Iterator[Callable[[], None]]:
     """Hold the only right to write to a store while the block runs; gives a function that raises once it is lost.
+
+    Of a link it is that to what the link leads to.
 
     In an object store it is a lease, see `ingest.lease`. In a folder it is ``flock`` on ``STORE.lock``, so a killed run
     leaves none behind. It works between machines where the file system supports it (local disks, NFS 4, Lustre mounted
     with ``flock``).
+
+    Parameters
+    ----------
+    shared
+        Others may hold it at the same time who say this too. Not in object stores.
 
     Raises
     ------
@@ -39,31 +46,34 @@ def store_lock(store: Place) -> Iterator[Callable[[], None]]:
         with store_lease(store) as check:
             yield check
         return
+    store = store.resolve()
     path = store.with_name(store.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(store, error) from error
-    descriptor = _acquire(path, store)
+    descriptor = _acquire(path, store, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
         os.ftruncate(descriptor, 0)
         holder = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         os.write(descriptor, holder.encode())
         yield lambda: None  # the kernel takes it from nobody who lives
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            if shared:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last one, or the others keep the file
             path.unlink()  # before the lock is given up: whoever waits for it finds that the file is another one
         os.close(descriptor)
 
 
-def _acquire(path: Path, store: Path) -> int:
+def _acquire(path: Path, store: Path, kind: int) -> int:
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise _not_writable(store, error) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)

@@ -250,6 +250,21 @@ def rows_of(scans: pd.DataFrame) -> list[ScanRow]:
     return [ScanRow(*values) for values in zip(*columns, strict=True)]
 
 
+def unchanged(then: VolumeStore, now: VolumeStore, rows: np.ndarray) -> np.ndarray:
+    """Tell of rows of a store, bool (row,), whether they are of the same scans as when it was opened before.
+
+    Who works on scans for long looks again before their people are named: they may have withdrawn meanwhile.
+    """
+    if then.attrs["store_id"] != now.attrs["store_id"]:
+        return np.zeros(len(rows), np.bool_)
+    there = rows < len(now.scans)
+    same = there.copy()
+    for name in ("participant", "session", "source", "status"):
+        was, became = then.scans[name].to_numpy(), now.scans[name].to_numpy()
+        same[there] &= was[rows[there]] == became[rows[there]]
+    return same
+
+
 def write_phenotypes(path: Place, table: pd.DataFrame, variables: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the ``phenotypes/`` columns and their attributes; `table` has one row per scan."""
 

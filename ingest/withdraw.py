@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,14 @@ from ingest.store import (
     write_phenotypes,
     write_scans,
 )
-from ingest.withdraw_tables import is_run, is_table, remove_from_run, remove_from_table
+from ingest.withdraw_tables import (
+    RUN_EMBEDDINGS,
+    is_run,
+    is_table,
+    remove_from_run,
+    remove_from_table,
+    remove_temporaries,
+)
 from ingest.withdrawal_list import read_withdrawals
 
 #: What every page that this package writes begins with.
@@ -137,18 +145,21 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
         If a store is none, or another process writes to it. All are looked at before the first is touched.
     """
     people = read_withdrawals(list_file)
-    kinds = [(_kind(place), place) for place in map(_followed, stores)]
-    kinds.sort(key=lambda pair: pair[0] == "report")  # one that is being made looks at its store when it is written
+    kinds = {place: _kind(place) for place in map(_followed, stores)}
     removals: list[Removal] = []
     found: set[str] = set()
-    for kind, store in kinds:
-        if kind == "volumes":
-            done = [_from_volumes(store, people)]
-        else:
-            assert isinstance(store, Path)
-            done = _OF_FILES[kind](store, people)
-        removals += [removal for removal, _ in done]
-        found.update(*(theirs for _, theirs in done))
+    with ExitStack() as held:  # all, before the first is touched: no writer of one brings back who has left another
+        for store in _to_lock(kinds):
+            held.enter_context(store_lock(store))
+        # Reports last: one that is being made looks at its store when it is written.
+        for store, kind in sorted(kinds.items(), key=lambda pair: pair[1] == "report"):
+            if kind == "volumes":
+                done = [_from_volumes(store, people)]
+            else:
+                assert isinstance(store, Path)
+                done = _OF_FILES[kind](store, people)
+            removals += [removal for removal, _ in done]
+            found.update(*(theirs for _, theirs in done))
     searched = any(removal.kind not in _WHOLE for removal in removals)
     return AuditRecord(
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
@@ -158,6 +169,18 @@ def withdraw(list_file: Path, stores: Sequence[str | Place]) -> AuditRecord:
         removals=removals,
         people_not_found=len(people - found) if searched else None,
     )
+
+
+def _to_lock(kinds: dict[Place, str]) -> Iterable[Place]:
+    """Return what others must not write to, each once; pages are locked by nobody."""
+    places: dict[Place, None] = {}
+    for store, kind in kinds.items():
+        if kind != "report":
+            places[store] = None
+        if kind == "run":
+            assert isinstance(store, Path)
+            places[store / RUN_EMBEDDINGS] = None
+    return places
 
 
 def _followed(store: str | Place) -> Place:
@@ -203,31 +226,30 @@ def _kind(store: Place) -> str:
 
 
 def _from_volumes(store: Place, people: frozenset[str]) -> _Done:
-    with store_lock(store):
-        recover_store(store)
-        opened = open_store(store)
-        rows = rows_of(opened.scans)
-        finished, simulated = read_journal(store, opened.attrs["store_id"])  # of a run that was killed
-        simulated |= bool(opened.attrs["simulated"])
-        if finished:  # into the table, before anybody is removed: whatever a journal says, the next run takes over
-            for number, row in finished.items():
-                rows[number] = row
-            set_attributes(store, {"simulated": simulated})
-            write_scans(store, rows)
-        remove_journal(store)
-        theirs = [number for number, row in enumerate(rows) if participant_key(row.participant) in people]
-        found = {participant_key(rows[number].participant) for number in theirs}
-        tombstones = [number for number, row in enumerate(rows) if row.status == TOMBSTONE.status]
-        deleted = sum(_remove_voxels(store, number) for number in [*theirs, *tombstones])
-        if theirs:
-            phenotypes = opened.phenotypes.copy()
-            phenotypes.iloc[theirs] = np.nan
-            if len(phenotypes.columns):
-                write_phenotypes(store, phenotypes, opened.variables)
-            set_attributes(store, _without(opened.attrs, found) | {"simulated": simulated})
-            for number in theirs:
-                rows[number] = replace(TOMBSTONE)
-            write_scans(store, rows)  # the names, last
+    recover_store(store)
+    opened = open_store(store)
+    rows = rows_of(opened.scans)
+    finished, simulated = read_journal(store, opened.attrs["store_id"])  # of a run that was killed
+    simulated |= bool(opened.attrs["simulated"])
+    if finished:  # into the table, before anybody is removed: whatever a journal says, the next run takes over
+        for number, row in finished.items():
+            rows[number] = row
+        set_attributes(store, {"simulated": simulated})
+        write_scans(store, rows)
+    remove_journal(store)
+    theirs = [number for number, row in enumerate(rows) if participant_key(row.participant) in people]
+    found = {participant_key(rows[number].participant) for number in theirs}
+    tombstones = [number for number, row in enumerate(rows) if row.status == TOMBSTONE.status]
+    deleted = sum(_remove_voxels(store, number) for number in [*theirs, *tombstones])
+    if theirs:
+        phenotypes = opened.phenotypes.copy()
+        phenotypes.iloc[theirs] = np.nan
+        if len(phenotypes.columns):
+            write_phenotypes(store, phenotypes, opened.variables)
+        set_attributes(store, _without(opened.attrs, found) | {"simulated": simulated})
+        for number in theirs:
+            rows[number] = replace(TOMBSTONE)
+        write_scans(store, rows)  # the names, last
     return Removal(store.name, "volumes", len(found), len(theirs), deleted, len(tombstones)), found
 
 
@@ -245,15 +267,14 @@ def _remove_report(page: Path, _: frozenset[str]) -> list[_Done]:
 
 
 def _from_predictions(path: Path, people: frozenset[str]) -> list[_Done]:
-    with store_lock(path):
-        found, rows = remove_from_table(path, people)
+    remove_temporaries(path.parent, path.name)
+    found, rows = remove_from_table(path, people)
     return [(Removal(path.name, "predictions", len(found), rows, 0), found)]
 
 
 def _from_run(folder: Path, people: frozenset[str]) -> list[_Done]:
-    with store_lock(folder):
-        inside = [done for path in folder.glob("embeddings.*") for done in _from_embeddings(path, people)]
-        found, rows, deleted = remove_from_run(folder, people, lambda document: _without(document, people))
+    inside = _from_embeddings(folder / RUN_EMBEDDINGS, people)
+    found, rows, deleted = remove_from_run(folder, people, lambda document: _without(document, people))
     return [*inside, (Removal(folder.name, "run", len(found), rows, deleted), found)]
 
 
@@ -291,27 +312,26 @@ def _from_embeddings(path: Path, people: frozenset[str]) -> list[_Done]:
     from extract.embeddings import open_embeddings, remove_unfinished, write_embeddings
 
     done: list[_Done] = []
-    with store_lock(path):
-        remove_unfinished(path)
-        parts = parts_path(path)
-        if parts.exists():
-            done.append((Removal(parts.name, "unfinished embeddings", 0, 0, remove_parts(parts)), set()))
-        if not path.exists():
-            return done
-        embeddings = open_embeddings(path)
-        ids = embeddings.scans["participant"].map(participant_key)
-        theirs = ids.isin(people).to_numpy()
-        attrs = _without(embeddings.attrs, set(ids[theirs]))
-        attrs |= _without({"skipped": attrs.get("skipped", [])}, people)  # reasons why scans were left out name files
-        if theirs.any() or attrs["skipped"] != embeddings.attrs.get("skipped", []):
-            kept = replace(
-                embeddings,
-                features=embeddings.features[~theirs],
-                scans=embeddings.scans[~theirs].reset_index(drop=True),
-                phenotypes=embeddings.phenotypes[~theirs].reset_index(drop=True),
-                attrs=attrs,
-            )
-            write_embeddings(path, kept)
+    remove_unfinished(path)
+    parts = parts_path(path)
+    if parts.exists():
+        done.append((Removal(parts.name, "unfinished embeddings", 0, 0, remove_parts(parts)), set()))
+    if not path.exists():
+        return done
+    embeddings = open_embeddings(path)
+    ids = embeddings.scans["participant"].map(participant_key)
+    theirs = ids.isin(people).to_numpy()
+    attrs = _without(embeddings.attrs, set(ids[theirs]))
+    attrs |= _without({"skipped": attrs.get("skipped", [])}, people)  # reasons why scans were left out name files
+    if theirs.any() or attrs["skipped"] != embeddings.attrs.get("skipped", []):
+        kept = replace(
+            embeddings,
+            features=embeddings.features[~theirs],
+            scans=embeddings.scans[~theirs].reset_index(drop=True),
+            phenotypes=embeddings.phenotypes[~theirs].reset_index(drop=True),
+            attrs=attrs,
+        )
+        write_embeddings(path, kept)
     found = set(ids[theirs])
     size = int(theirs.sum()) * embeddings.features[:1].nbytes
     return [*done, (Removal(path.name, "embeddings", len(found), int(theirs.sum()), size), found)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,12 @@ _CHECKPOINT = "last.pt"
 #: Test predictions of a cell of a curve, and what counts it as done, as `finetune.curves.cells` calls them.
 _CELL, _CELL_RECORD = "test.npz", "cell.json"
 _CELL_PEOPLE = "_participants"
+
+#: What a curve has embedded, as `finetune.curves.frozen` calls it.
+RUN_EMBEDDINGS = "embeddings.zarr"
+
+#: What a process that was killed in writing a file has left, see `extract.writing.write_whole`.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 
 
 def is_table(path: Path) -> bool:
@@ -71,8 +78,9 @@ def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any
     """Remove people from the files of a run, and of all runs of a curve.
 
     Their rows go from the split, the predictions, and the cells of a curve, their file names from the reasons why scans
-    were left out. Pages, which show brains, go whole, and so does a checkpoint to go on from, which knows such reasons,
-    too. What a network has learnt from them stays in its weights: train again without them if that must go, too.
+    were left out, or a cell failed. Pages, which show brains, go whole, and so does a checkpoint to go on from, which
+    knows such reasons, too. What a network has learnt from them stays in its weights: train again without them if that
+    must go, too.
 
     Parameters
     ----------
@@ -86,8 +94,12 @@ def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any
     rows, bytes : int
         Of the predictions, and of the pages.
     """
+    for inside in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        remove_temporaries(inside)
     found: set[str] = set()
     deleted, rows = 0, sum(_remove_from_cell(cell, people) for cell in sorted(folder.rglob(_CELL)))
+    for record in sorted(folder.rglob(_CELL_RECORD)):
+        _clean(record, without)
     for split in sorted(folder.rglob(_SPLIT)):
         run = split.parent
         for page in _PAGES:
@@ -104,6 +116,14 @@ def remove_from_run(folder: Path, people: frozenset[str], without: Callable[[Any
                 rows += remove_from_table(table, people)[1]
         found |= remove_from_table(split, people)[0]  # the names, last
     return found, rows, deleted
+
+
+def remove_temporaries(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed have left of a file in a folder, or of any; for whoever holds the lock."""
+    for path in list(folder.iterdir()):
+        left = _TEMPORARY.fullmatch(path.name)
+        if left and name in (None, left["name"]) and path.is_file():
+            path.unlink()
 
 
 def _remove_from_cell(path: Path, people: frozenset[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_score
 from small_store import make_store
 
+import extract.embeddings
 from extract import Embeddings, build_encoder, open_embeddings, write_embeddings
 from extract.blocks import parts_path, start_parts, write_block
 from extract.resume import extract_to
@@ -86,6 +88,49 @@ def test_files_keep_everything(embeddings, tmp_path, kind):
     assert found.variables == embeddings.variables
     assert found.attrs == {"format": "brain-embeddings", "format_version": 1, **embeddings.attrs}
     assert list(tmp_path.iterdir()) == [path]  # no temporary left
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replaced_while_it_is_read_it_is_read_again(embeddings, tmp_path, kind, monkeypatch):
+    """Tables of one file never come with features of another."""
+    path = tmp_path / f"e{kind}"
+    backwards = np.arange(len(embeddings.features))[::-1]
+    other = replace(
+        embeddings,
+        features=embeddings.features[backwards],
+        scans=embeddings.scans.iloc[backwards].reset_index(drop=True),
+        phenotypes=embeddings.phenotypes.iloc[backwards].reset_index(drop=True),
+    )
+    write_embeddings(path, embeddings)
+    read_features, often = extract.embeddings.read_features, 1
+
+    def replaced(read: Path) -> Iterator[np.ndarray]:
+        nonlocal often
+        if often:
+            often -= 1
+            write_embeddings(path, other)
+        return read_features(read)
+
+    monkeypatch.setattr(extract.embeddings, "read_features", replaced)
+    found = open_embeddings(path)
+    np.testing.assert_array_equal(found.features, other.features)
+    pd.testing.assert_frame_equal(found.scans, other.scans)
+    often = 99
+    with pytest.raises(StoreError, match="is replaced again and again while it is read"):
+        open_embeddings(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_link_stays_and_leads_to_what_is_written(embeddings, tmp_path, kind):
+    (tmp_path / "big").mkdir()
+    for existing in (False, True):
+        link = tmp_path / f"{existing}{kind}"
+        link.symlink_to(Path("big") / link.name)
+        if existing:
+            write_embeddings(tmp_path / "big" / link.name, embeddings)
+        write_embeddings(link, embeddings)
+        assert link.is_symlink()
+        assert len(open_embeddings(tmp_path / "big" / link.name).scans) == len(embeddings.scans)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,6 +42,7 @@ from ingest.errors import StoreError
 from ingest.lock import store_lock
 from ingest.shard import shard_path, write_shard
 from ingest.store import open_store, resize_store, rows_of, write_phenotypes, write_scans
+from ingest.withdraw import withdraw
 from loaders.errors import ShardError
 
 KILLS = int(os.environ.get("BRAIN_VOLUMES_KILLS", "6"))
@@ -187,6 +188,35 @@ def test_of_a_store_that_has_grown_and_changed_only_what_is_new_is_embedded(stor
     kept = [row for row in before[1]["row"] if row not in (7, 9)]
     where = [np.flatnonzero(t["row"].isin(kept)) for t in (table, before[1])]
     np.testing.assert_array_equal(features[where[0]], before[0][where[1]])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_who_withdraws_meanwhile_is_in_no_file(store, encoder, tmp_path, again):
+    people = tmp_path / "w.csv"
+    people.write_text("\n".join(open_store(store).scans["participant"][[3, 12]]))
+    (tmp_path / "e.h5").symlink_to(tmp_path / "real.h5")
+    if again:
+        extract_to(tmp_path / "e.h5", store, encoder)
+        rows = rows_of(open_store(store).scans)
+        rows[18] = replace(rows[18], source_mtime=1.0)
+        write_scans(store, rows)
+    shard_path(store, 12).write_bytes(b"damaged")  # its file is named in the reason why it is left out
+
+    def leave(timing) -> None:
+        if timing.scans == 1:
+            withdraw(people, [store])
+
+    summary = extract_to(tmp_path / "e.h5", store, encoder, batch_size=1, on_batch=leave)
+    assert summary.skipped == {}
+    features, table, attrs = content(tmp_path / "real.h5")
+    assert (tmp_path / "e.h5").is_symlink()
+    assert table["row"].tolist() == [row for row in range(SCANS) if row not in (2, 3, 12)]
+    assert attrs["skipped"] == []
+    np.testing.assert_allclose(features, extract(store, encoder).features, rtol=1e-4, atol=1e-5)
+    everyone = tmp_path / "all.csv"
+    everyone.write_text("\n".join(name for name in open_store(store).scans["participant"] if name))
+    with pytest.raises(StoreError, match="all scans have left"):
+        extract_to(tmp_path / "f.h5", store, encoder, on_batch=lambda _: withdraw(everyone, [store]))
 
 
 def test_new_phenotypes_alone(store, encoder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from report_page import Page
 from torchvision.models import resnet18
 
 from extract import build_encoder
+from extract.blocks import parts_path, start_parts
 from extract.errors import WeightsUnavailableError
 from extract.probing.linear import ridge
 from extract.run import extract
@@ -32,8 +34,9 @@ from finetune.run import finetune
 from finetune.settings import FinetuneSettings
 from finetune.split import read_split
 from ingest.encode import encode_shard
-from ingest.errors import StoreError
+from ingest.errors import StoreBusyError, StoreError
 from ingest.grid import Grid
+from ingest.lock import store_lock
 from ingest.scan import ScanRow
 from ingest.shard import shard_path, write_shard
 from ingest.store import create_store, open_store, resize_store, set_attributes, write_phenotypes, write_scans
@@ -371,7 +374,77 @@ def test_a_curve_tells_that_its_weights_know_people_of_the_store(store, settings
     assert note not in make_plan(volumes, tmp_path / "c", chosen, alone)[0].notes
 
 
-def test_scans_that_could_be_read_only_later_are_extracted_when_asked_for(store, settings, tmp_path):
+def test_a_curve_is_of_one_network(store, settings, tmp_path):
+    volumes, weights = open_store(store), tmp_path / "w.pth"
+    chosen = settings.model_copy(update={"weights": str(weights)})
+    torch.save(resnet18().state_dict(), weights)
+    plan, _ = make_plan(volumes, tmp_path / "c", chosen, CURVE)
+    assert read_plan(tmp_path / "c") == plan
+    assert plan.weights_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    torch.save(resnet18().state_dict(), weights)
+    with pytest.raises(StoreError, match=r"was begun with other weights than w\.pth has now \(sha256 "):
+        make_plan(volumes, tmp_path / "c", chosen, CURVE)
+    alone = CURVE.model_copy(update={"methods": ("scratch",)})
+    assert make_plan(volumes, tmp_path / "c", chosen, alone)[0].weights_sha256 == plan.weights_sha256
+
+
+def test_a_curve_is_by_one_truth(finished, store, settings, tmp_path):
+    copy, curve = shutil.copytree(store, tmp_path / "s.zarr"), shutil.copytree(finished, tmp_path / "c")
+    volumes = open_store(copy)
+    make_plan(volumes, curve, settings, CURVE)
+    tested = read_cell(curve, Cell("probe", 10, 4)).targets[0].rows
+    changed = volumes.phenotypes.copy()
+    changed.loc[tested[0], "sex"] = np.nan  # what is not known any more is compared with nothing
+    write_phenotypes(copy, changed, volumes.variables)
+    make_plan(open_store(copy), curve, settings, CURVE)
+    changed.loc[tested[1], "sex"] = 1 - changed.loc[tested[1], "sex"]
+    write_phenotypes(copy, changed, volumes.variables)
+    with pytest.raises(StoreError, match="has scores by other values of sex, which have changed in the store since"):
+        make_plan(open_store(copy), curve, settings, CURVE)
+
+
+def test_nobody_is_removed_while_a_curve_is_made(store, settings, tmp_path):
+    people = tmp_path / "w.csv"
+    people.write_text("9000001\n")
+    curve, refused = tmp_path / "c", []
+
+    def try_to(progress):
+        if not refused:
+            with pytest.raises(StoreBusyError, match="is being written by process"):
+                withdraw(people, [curve])
+            refused.append(progress)
+
+    with store_lock(curve, shared=True):  # as another process that works here
+        run_curve(store, curve, settings, CURVE.model_copy(update={"methods": ("probe",)}), on_progress=try_to)
+        assert refused
+        with pytest.raises(StoreBusyError):
+            withdraw(people, [curve])
+    assert withdraw(people, [curve]).clean
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock"] == []
+
+
+def test_who_withdraws_is_gone_from_what_was_not_finished(finished, tmp_path):
+    curve = shutil.copytree(finished, tmp_path / "c")
+    people = tmp_path / "w.csv"
+    people.write_text("9000001\n")
+    shutil.rmtree(curve / "embeddings.zarr")
+    parts = parts_path(curve / "embeddings.zarr")
+    start_parts(parts, {"store_id": "x"})
+    (curve / "embeddings.zarr.lock").touch()  # of a process that was killed
+    left = [curve / ".split.csv.0123abcd.tmp", curve / "probe/n10/seed4/.test.npz.0123abcd.tmp"]
+    for path in left:
+        path.write_text("9000001")
+    record = curve / "probe/n10/seed4/cell.json"
+    document = json.loads(record.read_text())
+    record.write_text(json.dumps(document | {"status": "failed", "reason": "row 1 (a/9000001.zip): damaged"}))
+    withdraw(people, [curve])
+    assert not parts.exists()
+    assert not any(path.exists() for path in left)
+    assert json.loads(record.read_text())["reason"] == "row 1 (a/withdrawn.zip): damaged"
+    assert "9000001" not in (curve / "split.csv").read_text()
+
+
+def test_probes_see_scans_as_they_are_now(store, settings, tmp_path):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(store, copy)
     sound = shard_path(copy, 5).read_bytes()
@@ -379,8 +452,7 @@ def test_scans_that_could_be_read_only_later_are_extracted_when_asked_for(store,
     volumes = open_store(copy)
     assert 5 not in embed_once(volumes, tmp_path, settings).scans["row"].tolist()
     shard_path(copy, 5).write_bytes(sound)
-    assert 5 not in embed_once(volumes, tmp_path, settings).scans["row"].tolist()
-    found = embed_once(volumes, tmp_path, settings, again=True)
+    found = embed_once(volumes, tmp_path, settings)
     assert found.scans["row"].tolist() == list(range(PEOPLE + 3))
 
 

@@ -40,6 +40,7 @@ from finetune.run import finetune
 from ingest.errors import StoreError
 from ingest.shard import shard_path
 from ingest.store import open_store
+from ingest.withdraw import withdraw
 from loaders.views import View
 
 TARGETS = "sex,age,site,education,drinks"
@@ -155,6 +156,33 @@ def test_what_cannot_be_read_is_left_out_and_told(place, tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match="nothing can be predicted for any of 48 scans; row 0: "):
         predict_to(tmp_path / "n.parquet", tmp_path / "s.zarr", place / "multi", threads=1)
     assert not (tmp_path / "n.parquet").exists()
+
+
+def test_who_withdraws_meanwhile_is_in_no_table(place, tmp_path):
+    store = shutil.copytree(place / "s.zarr", tmp_path / "s.zarr")
+    people, who = tmp_path / "w.csv", open_store(store).scans["participant"]
+    people.write_text("\n".join(who[[3, 40]]))
+    stay = np.flatnonzero(~who.isin(who[[3, 40]]))
+    shard_path(store, 40).write_bytes(b"damaged")
+
+    def leave(_: int) -> None:
+        if people.exists():
+            withdraw(people, [store])
+            people.unlink()
+
+    found = predict_to(
+        tmp_path / "p.csv", store, place / "multi", batch_size=5, threads=1, device="cpu", on_batch=leave
+    )
+    assert found.skipped == {}
+    assert pd.read_csv(tmp_path / "p.csv")["row"].tolist() == stay.tolist()
+
+
+def test_where_nothing_can_be_written_is_told_first(place, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="file is a file, expected a folder"):
+        predict_to(tmp_path / "file" / "p.csv", place / "absent.zarr", place / "multi")
+    with pytest.raises(StoreError, match="file is a file, expected a folder"):
+        export_run(place / "absent", tmp_path / "file" / "w.pt")
 
 
 def test_numbers_that_are_not_finite_are_no_predictions(place, tmp_path):

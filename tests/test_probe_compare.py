@@ -79,6 +79,14 @@ def test_rows_tell_scans_apart_within_one_store(good):
         align({"a": twins, "b": other})
 
 
+def test_rows_of_copies_that_grew_apart_are_not_of_one_person(good):
+    one = replace(good, attrs={**good.attrs, "store": {"id": "a"}})
+    others = one.scans.assign(participant=[*one.scans["participant"][:100], *(f"new{k}" for k in range(10))])
+    aligned, warnings = align({"a": one, "b": replace(one, scans=others)})
+    assert len(aligned["a"].scans) == 100
+    assert [line[:29] for line in warnings] == ["10 of the 110 scans of a are ", "10 of the 110 scans of b are "]
+
+
 def test_the_modality_counts_only_where_it_must(good):
     other = replace(good, scans=good.scans.assign(modality="T2_FLAIR"))
     assert len(align({"t1": good, "t2": other})[0]["t2"].features) == 110  # another image of the same session

@@ -19,7 +19,7 @@ from small_store import make_store
 from extract import Embeddings, open_embeddings, write_embeddings
 from finetune.split import Split, read_split, write_split
 from ingest import IngestSettings, ingest, open_store
-from ingest.errors import StoreError, TableError
+from ingest.errors import StoreBusyError, StoreError, TableError
 from ingest.journal import open_journal, read_journal
 from ingest.lock import store_lock
 from ingest.report import write_report
@@ -218,8 +218,13 @@ def test_lists_and_stores_that_cannot_be_used(place):
     with pytest.raises(StoreError, match="expected one of"):
         withdraw(people, [place / "s.zarr", place / "p.csv"])
     assert decoded(place / "s.zarr") == before  # all stores are looked at before one is touched
-    with store_lock(place / "s.zarr"), pytest.raises(StoreError, match="is being written"):
-        withdraw(people, [place / "s.zarr"])
+    (place / "link.h5").symlink_to("e.h5")
+    for held in ("s.zarr", "e.h5", "link.h5"):  # also if it is another of them that is being written
+        with store_lock(place / held), pytest.raises(StoreBusyError, match="is being written"):
+            withdraw(people, [place / "s.zarr", place / "e.h5"])
+    assert decoded(place / "s.zarr") == before
+    record = withdraw(people, [place / "s.zarr", place / "s.zarr", place / "e.h5", place / "link.h5"])
+    assert [removal.store for removal in record.removals] == ["s.zarr", "e.h5"]  # each once
 
 
 def test_people_who_are_in_no_store_are_counted(place):
@@ -309,11 +314,14 @@ def test_tables_of_predictions_lose_their_rows(place):
     table = pd.DataFrame({"row": [0, 1, 2], "participant": PEOPLE[:3], "age": [50.25, 51.0, 52.0]})
     table.to_parquet(place / "p.parquet")
     table.to_csv(place / "out.csv", index=False)
+    (place / ".out.csv.0123abcd.tmp").write_text(GONE)  # of a process that was killed
+    (place / ".other.csv.0123abcd.tmp").write_text(GONE)
     record = withdraw(place / "w1234_20261124.csv", [place / "p.parquet", place / "out.csv"])
     assert [(one.kind, one.people, one.scans) for one in record.removals] == [("predictions", 1, 1)] * 2
     kept = table[table["participant"] != GONE].reset_index(drop=True)
     pd.testing.assert_frame_equal(pd.read_parquet(place / "p.parquet").reset_index(drop=True), kept)
     assert (place / "out.csv").read_text() == kept.to_csv(index=False)
+    assert [path.name for path in place.glob(".*")] == [".other.csv.0123abcd.tmp"]
 
 
 def test_the_folder_of_a_run_loses_them_with_its_pages_and_a_checkpoint_to_go_on_from(place):

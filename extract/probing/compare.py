@@ -243,13 +243,15 @@ _SPELT_ALIKE: dict[str, Callable[[object], str]] = {"participant": participant_k
 def _keys(named: Mapping[str, Embeddings]) -> dict[str, list[tuple[str, ...]]]:
     """Return what identifies each scan in all embeddings alike."""
     stores = {(embeddings.attrs.get("store") or {}).get("id") for embeddings in named.values()}
-    if len(stores) == 1 and None not in stores and all("row" in embeddings.scans for embeddings in named.values()):
-        return {name: _column_keys(embeddings.scans, ["row"]) for name, embeddings in named.items()}
     columns = [
         column
-        for column in ("participant", "session", "modality")
+        for column in ("row", "participant", "session", "modality")
         if all(column in embeddings.scans for embeddings in named.values())
     ]
+    if columns[:1] == ["row"]:
+        if len(stores) == 1 and None not in stores:  # of copies that grew apart a row is not of the same person
+            return {name: _column_keys(embeddings.scans, columns[:3]) for name, embeddings in named.items()}
+        del columns[0]
     if "participant" not in columns:
         raise ValueError("the embeddings do not say of which participants they are; extract them again")
     for used in (columns[:2], columns):

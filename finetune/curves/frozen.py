@@ -11,8 +11,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from extract import Embeddings, build_encoder, open_embeddings
-from extract.embeddings import read_tables
 from extract.encoder import InputWarning
+from extract.errors import WeightsUnavailableError
 from extract.models import family_of
 from extract.probing.cross_validation import fit_classes, left_out
 from extract.probing.groups import Groups
@@ -21,7 +21,6 @@ from extract.probing.logistic import probabilities
 from extract.probing.results import TargetResult
 from extract.probing.targets import Target
 from extract.resume import extract_to
-from extract.run import wanted_rows
 from extract.timing import Timing
 from finetune.cohort import Cohort
 from finetune.evaluate import score_head
@@ -38,26 +37,24 @@ def embed_once(
     run_dir: Path,
     settings: FinetuneSettings,
     on_batch: Callable[[Timing], None] | None = None,
-    *,
-    again: bool = False,
 ) -> Embeddings:
-    """Return what the frozen network gives for the scans of a store, extracted the first time.
+    """Return what the frozen network gives for the scans of a store as it is now: only what is new is extracted.
 
     Parameters
     ----------
     settings
         Of the curve: the network sees the same of a scan as when it is fine-tuned. Slices are pooled by their mean.
-    again
-        Extract what is missing: scans that could not be read, or were not there.
 
     Raises
     ------
     StoreBusyError
         If another process is extracting.
+    WeightsUnavailableError
+        If the weights cannot be had, and nothing was extracted before.
     """
     path = run_dir / EMBEDDINGS
-    if not path.exists() or (again and len(_missing(store, path))):  # it appears whole
-        solid = family_of(settings.model).axes == 3
+    solid = family_of(settings.model).axes == 3
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)  # it is to see what the fine-tuned ones see
             encoder = build_encoder(
@@ -73,13 +70,12 @@ def embed_once(
                 device=settings.device,
                 precision=settings.precision,
             )
+    except WeightsUnavailableError:
+        if not path.exists():
+            raise
+    else:
         extract_to(path, store.path, encoder, backend=settings.backend, threads=settings.threads, on_batch=on_batch)
     return open_embeddings(path)
-
-
-def _missing(store: VolumeStore, path: Path) -> np.ndarray:
-    """Return the rows of scans that an embedding file lacks."""
-    return np.setdiff1d(wanted_rows(store), read_tables(path).scans["row"].to_numpy())
 
 
 @dataclass(frozen=True)

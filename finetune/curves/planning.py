@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from extract.errors import WeightsUnavailableError
 from extract.models import family_of
@@ -18,7 +19,7 @@ from extract.weights import about_store
 from extract.writing import write_whole
 from finetune.build import check_settings, find_weights
 from finetune.cohort import Cohort, read_cohort
-from finetune.curves.cells import Cell, held, list_cells
+from finetune.curves.cells import Cell, held, list_cells, read_cell
 from finetune.curves.settings import CurveSettings, choose_methods, choose_sizes, from_scratch
 from finetune.run import FREE
 from finetune.settings import FinetuneSettings, make_settings
@@ -54,6 +55,8 @@ class Plan:
         Name, id and grid of the store.
     notes
         What was left out, in words.
+    weights_sha256
+        Of what transfer begins with, which must stay the same; None if nothing does.
     """
 
     settings: FinetuneSettings
@@ -67,6 +70,7 @@ class Plan:
     simulated: bool
     notes: tuple[str, ...] = ()
     created_by: dict[str, str] = field(default_factory=dict)
+    weights_sha256: str | None = None
 
     @property
     def weights(self) -> str:
@@ -98,6 +102,7 @@ class Plan:
             "notes": list(self.notes),
             "store": self.store,
             "settings": self.settings.model_dump(mode="json"),
+            "weights_sha256": self.weights_sha256,
             "created_by": self.created_by,
         }
 
@@ -120,7 +125,7 @@ def make_plan(
         If settings do not go together, or with the volumes, a size is larger than the training part, or the people
         tested have not every class of a target.
     StoreError
-        If the folder is of other settings or another store, or no curve.
+        If the folder is of other settings, weights, another store, or other values of a target, or no curve.
     WeightsUnavailableError
         If the weights cannot be had, and the curve is new.
     """
@@ -138,7 +143,8 @@ def make_plan(
         _check_test(cohort)
         check_settings(settings, cohort.heads, store)
         people = cohort.people()
-        notes += [*_about_weights(store, settings, methods, before), *cohort.warnings]
+        about, weights_sha256 = _about_weights(store, run_dir, settings, methods, before)
+        notes += [*about, *cohort.warnings]
         plan = Plan(
             settings=settings,
             sizes=choose_sizes(curve.sizes, people["train"]),
@@ -151,7 +157,9 @@ def make_plan(
             simulated=bool(store.attrs["simulated"]),
             notes=tuple(notes),
             created_by=package_versions("torch", "torchvision", "zarr", "numpy"),
+            weights_sha256=weights_sha256,
         )
+        _compare_truth(run_dir, plan, cohort)
         if before is None or not (run_dir / SPLIT).is_file():  # now that nothing is left to be refused
             write_split(run_dir / SPLIT, cohort.split)
         text = json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
@@ -187,6 +195,7 @@ def read_plan(run_dir: Path) -> Plan:
             simulated=bool(document["simulated"]),
             notes=tuple(document["notes"]),
             created_by=dict(document["created_by"]),
+            weights_sha256=document.get("weights_sha256"),  # earlier versions did not note it
         )
     except (LookupError, TypeError) as error:
         raise StoreError(f"{path} is no plan of a curve: {error!r}; remove the folder, and run it again") from None
@@ -241,19 +250,39 @@ def _read_people(store: VolumeStore, run_dir: Path, settings: FinetuneSettings, 
     return read_cohort(store, settings, path)
 
 
+def _compare_truth(run_dir: Path, plan: Plan, cohort: Cohort) -> None:
+    """Raise StoreError if cells were scored by other values of people who are tested than the store has now."""
+    targets = {target.name: target for target in cohort.targets}
+    for cell in plan.cells():
+        for scored in read_cell(run_dir, cell).targets:
+            target = targets[scored.name]
+            now = pd.Series(target.values, index=cohort.rows).reindex(scored.rows).to_numpy()
+            if scored.labels != tuple(target.labels) or (now != scored.truth)[~np.isnan(now)].any():
+                raise StoreError(
+                    f"{run_dir} has scores by other values of {target.name}, which have changed in the store since; "
+                    "use another folder"
+                )
+
+
 def _about_weights(
-    store: VolumeStore, settings: FinetuneSettings, methods: tuple[str, ...], before: Plan | None
-) -> list[str]:
-    """Return what is to be told of the weights of a run: above all that they know people of the store."""
+    store: VolumeStore, run_dir: Path, settings: FinetuneSettings, methods: tuple[str, ...], before: Plan | None
+) -> tuple[list[str], str | None]:
+    """Return what is to be told of the weights, above all that they know people of the store, and their sha256."""
+    sum_before = None if before is None else before.weights_sha256
     if settings.weights == "scratch" or not {"transfer", "probe"} & set(methods):
-        return []
+        return [], sum_before
     try:
         weights = find_weights(settings)
     except WeightsUnavailableError:
         if before is None:
-            raise
-        return [note for note in before.notes if note.startswith(_OF_WEIGHTS)]  # cells that are done do without
-    return [f"{_OF_WEIGHTS}{line}" for line in about_store(weights, store)]
+            raise  # cells that are done do without
+        return [note for note in before.notes if note.startswith(_OF_WEIGHTS)], sum_before
+    if sum_before not in (None, weights.sha256):
+        raise StoreError(
+            f"{run_dir} was begun with other weights than {weights.name} has now (sha256 {sum_before}, not "
+            f"{weights.sha256}); give those, or use another folder"
+        )
+    return [f"{_OF_WEIGHTS}{line}" for line in about_store(weights, store)], weights.sha256
 
 
 def _check_test(cohort: Cohort) -> None:

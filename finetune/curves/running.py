@@ -14,6 +14,7 @@ from finetune.curves.settings import CurveSettings
 from finetune.curves.work import CurveProgress, Work
 from finetune.folder import check_no_file
 from finetune.settings import FinetuneSettings
+from ingest.lock import store_lock
 from ingest.places import Place
 from ingest.store import open_store
 
@@ -66,18 +67,19 @@ def run_curve(
     ValueError
         If settings cannot be; see `finetune.curves.planning.make_plan`.
     StoreError
-        If the folder is of another curve.
+        If the folder is of another curve, or people are being removed from it.
     WeightsUnavailableError
         If the weights cannot be had.
     """
     run_dir, curve = Path(run_dir), curve or CurveSettings()
     check_no_file(run_dir, "curve")
-    volumes = open_store(store)
-    plan, cohort = make_plan(volumes, run_dir, settings, curve)
-    elsewhere = Work(volumes, run_dir, plan, cohort, curve, on_progress).do_all()
-    with waiting_for(run_dir / "curve"):  # so that what is read last is also written last
-        result = read_curve(run_dir, plan, elsewhere=elsewhere)
-        write_files(result)
+    with store_lock(run_dir, shared=True):  # several may work here, but nobody may remove people meanwhile
+        volumes = open_store(store)
+        plan, cohort = make_plan(volumes, run_dir, settings, curve)
+        elsewhere = Work(volumes, run_dir, plan, cohort, curve, on_progress).do_all()
+        with waiting_for(run_dir / "curve"):  # so that what is read last is also written last
+            result = read_curve(run_dir, plan, elsewhere=elsewhere)
+            write_files(result)
     return result
 
 
