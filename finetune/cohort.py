@@ -19,7 +19,7 @@ from finetune.heads import Head, make_head
 from finetune.losses import class_weights, scan_weights
 from finetune.predictions import check_names
 from finetune.settings import FinetuneSettings
-from finetune.split import Split, read_split, split_people, training_people
+from finetune.split import UNUSED, Split, read_split, split_people, training_people
 from ingest.store import VolumeStore
 from loaders.select import select_rows
 
@@ -107,6 +107,7 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
     rows, groups = rows[known], everybody.rows(known)
     targets = [_of_scans(target, known) for target in targets]
     participants = table.scans["participant"].to_numpy().astype(str)[known]
+    goes_on = split_file is not None
     if split_file is None and settings.split is not None:
         split_file = Path(settings.split)
     if split_file is not None:
@@ -118,7 +119,7 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
         )  # fmt: skip
     part = split.parts(participants)
     if split_file is not None:
-        _check_whole(groups, part, split_file)
+        _check_whole(groups, split.whole().parts(participants), split_file)
     warnings = [*everybody.about_strangers(), *_check_parts(settings, part, drawn=split_file is None)]
     strangers = len(np.unique(groups.people[part == ""]))
     if strangers:
@@ -126,9 +127,13 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
     train = part == "train"
     if not train.any():
         raise ValueError("nobody is in the training part; use more people, or another split")
-    if settings.train_people is not None:
+    unused = part == UNUSED
+    part[unused] = ""
+    drawn = goes_on and unused.any()  # before: some may have withdrawn since, and nobody comes in their place
+    if settings.train_people is not None and not drawn:
         strata = strata_of_units(targets[0], groups.people)
         kept = training_people(groups.people, strata, train, settings.train_people, seed=settings.seed)
+        split = split.without(participants[train & ~kept])
         part[train & ~kept] = ""
         train = kept
     balanced = settings.class_weights == "balanced"

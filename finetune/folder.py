@@ -58,7 +58,7 @@ def _same_split(run_dir: Path, split: str | None) -> bool:
     if split is None:
         return False
     try:
-        return read_split(Path(split)) == read_split(run_dir / SPLIT)
+        return read_split(Path(split)).whole() == read_split(run_dir / SPLIT).whole()
     except ValueError:  # it is not there
         return False
 

@@ -27,7 +27,7 @@ from finetune.evaluate import Outputs, predict_rows, what_to_load
 from finetune.network import ScanNetwork
 from finetune.predictions import prediction_table, write_table
 from finetune.results import RESULTS, SETTINGS, SPLIT
-from finetune.split import PARTS, read_split
+from finetune.split import PARTS, UNUSED, read_split
 from ingest.errors import StoreError
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, unchanged
@@ -161,7 +161,9 @@ def predict_to(
     table.attrs.update(_provenance(run, loaded, volumes))
     write_table(out, table)
     warnings = [*unfinished(run, loaded), *other_store(loaded.attrs, volumes)]
-    known = {} if part is None else {name: int((part == name).sum()) for name in PARTS if (part == name).any()}
+    known = (
+        {} if part is None else {name: int((part == name).sum()) for name in (*PARTS, UNUSED) if (part == name).any()}
+    )
     if "train" in known:
         warnings.append(
             f"{known['train']} scans are of people whom the network was trained on, and look better than others; "

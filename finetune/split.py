@@ -14,6 +14,7 @@ from extract.writing import write_whole
 from ingest.people import participant_key
 
 PARTS = ("train", "validation", "test")
+UNUSED = "unused"  # of the training part, but ``train_people`` are enough without them
 _COLUMNS = ("participant", "part")
 
 
@@ -24,10 +25,19 @@ class Split:
     Attributes
     ----------
     part_of
-        Participant -> one of `PARTS`.
+        Participant -> one of `PARTS`, or `UNUSED`.
     """
 
     part_of: dict[str, str]
+
+    def without(self, unused: Iterable[object]) -> Split:
+        """Return a split in which people are not used who may be trained on."""
+        left_out = {participant_key(who) for who in unused}
+        return Split({who: UNUSED if participant_key(who) in left_out else part for who, part in self.part_of.items()})
+
+    def whole(self) -> Split:
+        """Return the split with all who may be trained on."""
+        return Split({who: PARTS[0] if part == UNUSED else part for who, part in self.part_of.items()})
 
     def parts(self, participants: Iterable[object]) -> np.ndarray:
         """Return the part of each scan, text (scan,), by whose it is; nothing for people whom it does not name."""
@@ -152,8 +162,8 @@ def read_split(path: Path) -> Split:
     part_of: dict[str, str] = {}
     seen: set[str] = set()
     for number, line in enumerate(lines[1:], 2):
-        if len(line) != 2 or line[1] not in PARTS:
-            raise ValueError(f"{path}, line {number}: expected a participant and one of {', '.join(PARTS)}")
+        if len(line) != 2 or line[1] not in (*PARTS, UNUSED):
+            raise ValueError(f"{path}, line {number}: expected a participant and one of {', '.join(PARTS)}, {UNUSED}")
         if participant_key(line[0]) in seen:
             raise ValueError(f"{path}, line {number}: this participant has a line already")
         seen.add(participant_key(line[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -241,6 +242,24 @@ def test_any_name_of_a_person_is_written_and_read(tmp_path):
     assert read_split(tmp_path / "s.csv") == split
 
 
+def test_who_was_not_drawn_is_written_down(store, tmp_path):
+    settings, path = tiny_settings(train_people=8, seed=2), tmp_path / "split.csv"
+    first = read_cohort(store, settings)
+    write_split(path, first.split)
+    parts = Counter(read_split(path).part_of.values())
+    assert parts["train"] == 8
+    assert parts["unused"] == read_cohort(store, tiny_settings(seed=2)).people()["train"] - 8
+    assert read_cohort(store, settings, path).fingerprint() == first.fingerprint()
+    gone = next(who for who, part in first.split.part_of.items() if part == "train")
+    write_split(path, Split({who: part for who, part in first.split.part_of.items() if who != gone}))
+    assert read_cohort(store, settings, path).people()["train"] == 7
+    other = tiny_settings(train_people=5, split=str(path))  # of a run of its own
+    assert read_cohort(store, other).people()["train"] == 5
+    with pytest.raises(ValueError, match="train_people is 8, but the training part has 7"):
+        read_cohort(store, other.model_copy(update={"train_people": 8}))
+    assert first.split.whole() == read_cohort(store, tiny_settings(seed=2)).split
+
+
 def test_train_people_are_nested_and_the_test_is_the_same(store):
     parts = {n: read_cohort(store, tiny_settings(train_people=n, seed=2)) for n in (8, 16, None)}
     rows = {n: set(cohort.rows_of("train")) for n, cohort in parts.items()}
@@ -248,7 +267,7 @@ def test_train_people_are_nested_and_the_test_is_the_same(store):
     assert [parts[n].people()["train"] for n in (8, 16)] == [8, 16]
     for name in ("validation", "test"):
         assert len({tuple(cohort.rows_of(name)) for cohort in parts.values()}) == 1
-    assert parts[8].split == parts[None].split
+    assert parts[8].split.whole() == parts[None].split
 
 
 def test_strata_are_classes_or_tenths_or_unknown(store):
