@@ -185,7 +185,7 @@ def score_head(
     )  # fmt: skip
     if reason:
         return result
-    drawn = draw_weights(int(whole.max()) + 1, bootstrap, seed)[:, whole].astype(np.float64) if bootstrap else None
+    drawn = draw_weights(int(whole.max()) + 1, bootstrap, seed)[:, whole].astype(np.float32) if bootstrap else None
     chance = _chances(head, truth)
     metrics = {}
     for name, score in _scores(head, truth, predicted).items():

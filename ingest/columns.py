@@ -75,4 +75,4 @@ def read_columns(root: zarr.Group, name: str) -> tuple[pd.DataFrame, dict[str, d
             values = np.asarray(array[:])
             columns[column] = values.astype(object) if values.dtype.kind in "OUT" else values
             attrs[column] = dict(array.attrs)
-    return pd.DataFrame(columns), attrs
+    return pd.DataFrame(columns, copy=False), attrs  # of a thousand columns a copy is as much memory again

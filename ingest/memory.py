@@ -14,8 +14,9 @@ from ingest.errors import MemoryBudgetError
 #: Of a process with the libraries loaded; measured, rounded up. 150 MB of it go into compiling the inner loops, which
 #: happens once on a machine.
 PROCESS_BYTES = 440 << 20
-#: Of the coordinator's tables, per scan, with a table of phenotypes.
+#: Of the coordinator's tables, per scan, and per phenotype of a scan, whose text is there until all are numbers.
 ROW_BYTES = 3 << 10
+PHENOTYPE_BYTES = 26
 #: The grid of a scan as float32 and as bytes, its shard, and what else is in hand.
 GRID_BYTES = 64 << 20
 #: The voxels of an ordinary scan: a float32 volume in UK Biobank's MNI152 grid has 29 MB, a head at 0.8 mm 67 MB. They
@@ -47,7 +48,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    max_bytes: int | None, file_bytes: Sequence[int], *, scans: int, workers: int, remote: bool = False
+    max_bytes: int | None,
+    file_bytes: Sequence[int],
+    *,
+    scans: int,
+    workers: int,
+    remote: bool = False,
+    phenotypes: int = 0,
 ) -> MemoryPlan:
     """Decide how many scans are read at a time.
 
@@ -67,6 +74,8 @@ def plan_memory(
         Processes beside this one; 0 works in this one.
     remote
         Processes elsewhere do the work, one scan at a time each, and `max_bytes` is what one of them may take.
+    phenotypes
+        Columns of the table.
 
     Raises
     ------
@@ -81,10 +90,12 @@ def plan_memory(
         return MemoryPlan(threads)
     middle = median(file_bytes) if file_bytes else 0
     largest = _mb(max((size for size in file_bytes if size <= _ORDINARY * middle), default=0))
-    process, voxels, grid, table = map(_mb, (PROCESS_BYTES, VOXEL_BYTES, GRID_BYTES, scans * ROW_BYTES))
+    rows = scans * (ROW_BYTES + phenotypes * PHENOTYPE_BYTES)
+    process, voxels, grid, table = map(_mb, (PROCESS_BYTES, VOXEL_BYTES, GRID_BYTES, rows))
     given, own, scan = max_bytes // _MB, process + table, 2 * largest + 2 * voxels + grid
     one = f"2 x {largest}MB for the largest file + 2 x {voxels}MB for its voxels + {grid}MB for the grid"
-    mine = f"{process}MB for this process + {table}MB for {scans} rows"
+    of_table = f" of {phenotypes} phenotypes" if phenotypes else ""
+    mine = f"{process}MB for this process + {table}MB for {scans} rows{of_table}"
     if workers:
         needed = own + workers * (process + scan)
         if needed > given:

@@ -64,7 +64,11 @@ def rows_of_scans(
     people = pd.Index([participant_key(participant) for participant, _ in scans], dtype=object)
     cells, visits = _read_people(table, id_column, session_column, wanted, people, notes)
     if session_column is None:
-        return cells.reindex(people)
+        places = cells.index.get_indexer(people)
+        found = {
+            name: cells.pop(name).array.take(places, allow_fill=True) for name in list(cells)
+        }  # none is there twice
+        return pd.DataFrame(found, people, copy=False)
     sessions = np.array([session_key(session) for _, session in scans], object)
     return _rows_of_visits(cells, visits, people, sessions, table.columns[session_column], notes)
 
@@ -85,7 +89,7 @@ def _read_people(
         notes.bad(len(found.odd_rows), lines)
     if not len(found.cells):
         raise TableError(f"{table.path} has a header and no rows" + (f" that fit it: {lines}" if lines else ""))
-    cells = found.cells[list(wanted)]
+    cells = found.cells[list(wanted)]  # of a thousand columns each copy is large: none below is made without need
     ids = found.cells[id_column].map(participant_key)
     visits = np.full(len(cells), "", object)
     if session_column is not None:
@@ -97,7 +101,9 @@ def _read_people(
         notes.bad(answers, f"{answers} rows have no participant id and are left out")
     _compare(people, cells.index[~nobody].unique(), notes)
     scanned = ~nobody & cells.index.isin(people)  # half a million people answered, and a tenth of them were scanned
-    cells, visits = cells[scanned], visits[scanned]
+    if not scanned.all():
+        cells, visits = cells[scanned], visits[scanned]
+    del found
     again = _visit_index(cells.index, visits).duplicated()
     if again.any():
         same = cells.assign(visit=visits).reset_index().duplicated().to_numpy()
@@ -111,7 +117,8 @@ def _read_people(
                 f"{differing} duplicate rows of {of} have other values than an earlier row; "
                 "the first row of each is used",
             )
-    return cells[~again], visits[~again]
+        cells, visits = cells[~again], visits[~again]
+    return cells, visits
 
 
 def _compare(keys: pd.Index, people: pd.Index, notes: Notes) -> None:

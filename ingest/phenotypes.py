@@ -93,7 +93,8 @@ def join_phenotypes(
         _note_names_left_out(names, ukb, notes)
     else:
         values, variables = plain_variables(rows, names, notes, parse_levels(sidecar, notes))
-    return Phenotypes(pd.DataFrame(values).reset_index(drop=True), variables, notes.lines, notes.bad_values)
+    found = pd.DataFrame({name: np.asarray(column) for name, column in values.items()}, range(len(scans)), copy=False)
+    return Phenotypes(found, variables, notes.lines, notes.bad_values)
 
 
 def _note_names_left_out(names: Sequence[str], ukb: dict[int, UkbColumn], notes: Notes) -> None:

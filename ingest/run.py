@@ -127,9 +127,11 @@ def ingest(
         table = choose_table(source, layout, given, store)
         phenotypes = join(table, plan.rows, store, given=given is not None) if table else kept(plan.rows, store)
         sizes = [plan.rows[number].source_size for number in plan.todo]
+        tables = ([phenotypes.table] if phenotypes else []) + ([store.phenotypes] if store else [])
         memory = plan_memory(
-            max_memory, sizes, scans=len(plan.rows), workers=0 if scheduler else workers, remote=bool(scheduler)
-        )
+            max_memory, sizes, scans=len(plan.rows), workers=0 if scheduler else workers, remote=bool(scheduler),
+            phenotypes=max((len(one.columns) for one in tables), default=0),
+        )  # fmt: skip
         if on_plan:
             on_plan(len(plan.todo), sum(sizes))
 

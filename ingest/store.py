@@ -344,6 +344,6 @@ def open_store(path: str | Place) -> VolumeStore:
         grid=grid,
         slab=slab,
         scans=scans,
-        phenotypes=phenotypes.reindex(range(len(scans))),
+        phenotypes=phenotypes if len(phenotypes) == len(scans) else phenotypes.reindex(range(len(scans))),
         variables=variables,
     )

@@ -116,10 +116,14 @@ def read_columns(table: Table, positions: Sequence[int]) -> Columns:
         except pa.ArrowException as error:  # also for a row that is longer than a block
             problem = str(error)
             continue
-        stripped = cells.to_pandas().apply(lambda column: column.str.strip())
-        if table.separator == ";":
-            stripped = stripped.replace(_DECIMAL_COMMA, r"\1.\2", regex=True)
-        return Columns(stripped.set_axis(list(positions), axis="columns"), odd)
+        columns: dict[int, pd.Series] = {}
+        for position in positions:  # one by one: of many columns not all are there twice at any time
+            text = cells.column(0).to_pandas().str.strip()
+            cells = cells.remove_column(0)
+            if table.separator == ";":
+                text = text.replace(_DECIMAL_COMMA, r"\1.\2", regex=True)
+            columns[position] = text
+        return Columns(pd.DataFrame(columns, copy=False), odd)
     raise TableError(f"{table.path} cannot be read as a table in UTF-8: {problem}")
 
 

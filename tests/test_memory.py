@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ellipsoid, mni_brain, write_nifti
 from typer.testing import CliRunner
 
 import ingest.cli
+from ingest import IngestSettings, open_store
 from ingest import ingest as run_ingest
-from ingest import open_store
 from ingest.errors import MemoryBudgetError
 from ingest.grid import FSL_MNI152_AFFINE
 from ingest.memory import plan_memory
@@ -143,6 +144,20 @@ def test_the_arithmetic_of_a_refusal_adds_up_and_its_advice_works(workers, files
 def test_a_limit_without_a_unit_is_shown_as_given():
     with pytest.raises(MemoryBudgetError, match=r"^--max-memory 4000 \(bytes, as all sizes without a unit\) is too"):
         plan_memory(4000, [MB], scans=1, workers=0)
+
+
+def test_a_wide_table_counts(source, tmp_path):
+    with pytest.raises(MemoryBudgetError, match="2908MB for 100000 rows of 1000 phenotypes"):
+        plan_memory(1500 * MB, [GB // 100], scans=100_000, workers=0, phenotypes=1000)
+    people = [path.name.removesuffix(".nii.gz") for path in source.iterdir()]
+    table = pd.DataFrame({"participant": people, **{f"v{k}": 1.0 for k in range(500)}})
+    table.to_csv(tmp_path / "p.csv", index=False)
+    settings = IngestSettings(phenotypes=tmp_path / "p.csv")
+    for _ in range(2):  # of the table, and then of the store
+        with pytest.raises(MemoryBudgetError, match="for 3 rows of 500 phenotypes"):
+            run_ingest(source, tmp_path / "s.zarr", settings, max_memory=500 * MB)
+        run_ingest(source, tmp_path / "s.zarr", settings)
+        settings = IngestSettings()
 
 
 def test_too_many_workers_are_told_how_many_fit():

@@ -19,6 +19,7 @@ from extract.probing.bootstrap import (
 )
 from extract.probing.confounds import ConfoundValues, fit_coding, fit_residualiser
 from extract.probing.folds import folds_with_all_classes, limit_people
+from extract.probing.free_memory import free_memory
 from extract.probing.groups import Groups
 from extract.probing.linear import Fit, ridge
 from extract.probing.logistic import logistic, probabilities
@@ -27,7 +28,8 @@ from extract.probing.scores import auc, balanced_accuracy, mean_absolute_error, 
 #: Inner folds for the penalty of a logistic regression; of many scans fewer tell as much.
 _INNER_FOLDS, _FOLDS_OF_MANY, _MANY_SCANS = 5, 3, 2000
 _LARGE = 2_000_000  # numbers in the features: below, threads cost more than they give
-_MOST_THREADS = 8  # each holds three copies of the training features
+_MOST_THREADS = 8
+_COPIES = 3  # of the training features as float64, that each thread holds
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,11 @@ def run_folds(sample: Sample, folds: Sequence[Fold], model: Model) -> tuple[list
 
 
 def threads_for(numbers: int) -> int:
-    """Return how many folds of so many features in all run side by side."""
-    return 1 if numbers < _LARGE else min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    """Return how many folds of so many features in all run side by side: as many as there are cores and memory for."""
+    if numbers < _LARGE:
+        return 1
+    most = free_memory() // (_COPIES * 8 * numbers)
+    return max(1, min(len(os.sched_getaffinity(0)), _MOST_THREADS, most))
 
 
 def regression(truths: np.ndarray, counts: Sequence[bool], groups: Groups, weights: np.ndarray | None) -> Model:
