@@ -10,8 +10,6 @@ from pathlib import Path
 
 from ingest.errors import StoreError
 
-PAGE_SUFFIX = ".html"
-
 #: Of a disk, or of what one may write there.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAKE_ROOM = "make room, and run the same command again"
@@ -71,12 +69,6 @@ def not_written(path: Path, temporary: Path, error: OSError) -> StoreError:
 def is_full(error: BaseException) -> bool:
     """Tell whether an error is that a disk, or what one may write there, is full."""
     return isinstance(error, OSError) and error.errno in _FULL
-
-
-def check_page_suffix(path: Path) -> None:
-    """Raise StoreError if the name's ending is not that of a page."""
-    if path.suffix != PAGE_SUFFIX:
-        raise StoreError(f"{path} ends in {path.suffix!r}; a report is written as {PAGE_SUFFIX}")
 
 
 def check_writable(path: Path) -> None:

@@ -225,7 +225,7 @@ def verify_command(
 @app.command("report")
 def report_command(
     store: Annotated[str, typer.Argument(metavar="OUT.zarr", help="A store.")],
-    page: Annotated[Path, typer.Argument(metavar="REPORT.html", help="The page to write; replaced if it exists.")],
+    page: Annotated[Path, typer.Argument(metavar="REPORT.html", help="The page to write; another report is replaced.")],
     rows: Annotated[
         str, typer.Option(metavar="ROWS", help="Scans to show with their picture before all others: 17,400-420")
     ] = "",

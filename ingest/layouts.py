@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from ingest.discover import folders_of, list_objects, walk_files, with_listing
 from ingest.errors import SourceError
+from ingest.flat_names import check_nobody_twice
 from ingest.manifest import read_manifest
 from ingest.names import (
     BIDS_EXTRAS,
@@ -44,7 +44,6 @@ _READERS: dict[Layout, Callable[[str, str, str | None], Ranked | None]] = {
     Layout.flat: flat_scan,
 }
 _TABLES = (".csv", ".tsv")
-_BIDS_PERSON = re.compile(r"sub-[^_]+(?=_)")
 
 
 def find_scans(
@@ -121,26 +120,8 @@ def find_scans(
     if best is None:
         raise SourceError(_nothing_found(source, layout, image, kinds))
     if layout is Layout.auto and layouts[best[0]] is Layout.flat:
-        _check_nobody_twice(source, scans, image, described=bids_folders_only)
+        check_nobody_twice(source, scans, image, described=bids_folders_only)
     return layouts[best[0]], _sorted(scans)
-
-
-def _check_nobody_twice(source: Place, scans: list[ScanSource], image: str | None, *, described: bool) -> None:
-    """Refuse a BIDS tree that has no scans of the image: as a flat folder each file would be another person.
-
-    Parameters
-    ----------
-    described
-        It has a ``dataset_description.json``.
-    """
-    people = [found[0] for scan in scans if (found := _BIDS_PERSON.match(scan.participant))]
-    if len(set(people)) < len(people) or (people and described):
-        wanted, first = image or BIDS_SUFFIX, scans[0].participant
-        raise SourceError(
-            f"{source} has no {wanted} scans by the names of BIDS (such as sub-01_{wanted}.nii.gz), but {len(people)} "
-            f"others, such as {scans[0].name}; name their suffix, such as --image {first.split('_')[-1]}, "
-            "or use --layout flat if each file is of another person"
-        )
 
 
 def _sorted(scans: list[ScanSource]) -> list[ScanSource]:

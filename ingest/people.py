@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from ingest.tables import Table, read_columns
 #: Names of the column of visits, the first that a table has; capitals do not matter. The first is that of BIDS.
 SESSION_COLUMNS = ("session_id", "session", "ses", "visit")
 
+_LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)", re.ASCII)
 _WHOLE_NUMBER = re.compile(r"(\d+)\.0*", re.ASCII)
 
 
@@ -65,9 +67,9 @@ def rows_of_scans(
     cells, visits = _read_people(table, id_column, session_column, wanted, people, notes)
     if session_column is None:
         places = cells.index.get_indexer(people)
-        found = {
-            name: cells.pop(name).array.take(places, allow_fill=True) for name in list(cells)
-        }  # none is there twice
+        found: dict[Any, Any] = {}
+        for name in list(cells):  # one by one: none is there twice
+            found[name] = cells.pop(name).array.take(places, allow_fill=True)  # type: ignore[arg-type]
         return pd.DataFrame(found, people, copy=False)
     sessions = np.array([session_key(session) for _, session in scans], object)
     return _rows_of_visits(cells, visits, people, sessions, table.columns[session_column], notes)
@@ -125,15 +127,34 @@ def _compare(keys: pd.Index, people: pd.Index, notes: Notes) -> None:
     """Tell of scans without a row and of rows without a scan; TableError if nobody has both."""
     scans = keys[keys != ""]
     unknown, more = scans[~scans.isin(people)], people[~people.isin(scans)]
+    alike = _alike(unknown, more)
     if len(unknown) and len(unknown) == len(scans):
         raise TableError(
             f"{notes.table}: none of the {len(scans)} scans has a row; the scans are of people {_some(scans)}, the "
-            f"rows {_some(people)}; are the table's ids those of another project?"
+            f"rows {_some(people)}; "
+            + (alike or "are the table's ids those of another project? A manifest can say who is who")
         )
     if len(unknown):
-        notes.add(f"{len(unknown)} of {len(scans)} scans have no row, {_some(unknown)}; their phenotypes are missing")
+        missing = f"{len(unknown)} of {len(scans)} scans have no row, {_some(unknown)}; their phenotypes are missing"
+        notes.add(f"{missing}; {alike}" if alike else missing)
     if len(more):
         notes.add(f"{len(more)} of {len(people)} people in the table have no scan, {_some(more)}")
+
+
+def _alike(scans: pd.Index, people: pd.Index) -> str:
+    """Say if ids without a match would have one but for capitals, or for zeros as spreadsheets lose them."""
+    in_table = {_loose(who): who for who in people}
+    pair = next(((in_table[_loose(who)], who) for who in scans if _loose(who) in in_table), None)
+    if pair is None:
+        return ""
+    return (
+        f"{pair[0]!r} in the table looks like {pair[1]!r} of the scans: write the ids alike, with capitals and leading "
+        "zeros (Excel loses them: format the column as text)"
+    )
+
+
+def _loose(who: str) -> str:
+    return _LEADING_ZEROS.sub("", who.lower())
 
 
 def _some(people: pd.Index) -> str:

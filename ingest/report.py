@@ -24,6 +24,7 @@ from ingest.outliers import Cohort, compare_scans
 from ingest.pictures import montage_webp, picture_order
 from ingest.places import Place
 from ingest.quality import MOST_BRAIN_ML, ScanQuality, measure_volume, measures_of
+from ingest.replacing import check_own_page, check_page_suffix
 from ingest.report_page import PAGE_BYTES, render_page
 from ingest.shard import shard_path
 from ingest.store import VolumeStore, open_store
@@ -111,7 +112,7 @@ def write_report(
     store
         A version-1 store; it is only read.
     page
-        The HTML file, replaced if it exists; its folder is made.
+        The .html file; another report there is replaced, nothing else. Its folder is made.
     rows
         Scans whose pictures are wanted before all others. The pictures of outliers come next.
     page_bytes
@@ -127,8 +128,8 @@ def write_report(
     FileNotFoundError
         If there is no store.
     StoreError
-        If the store is of an unknown version or unfinished, a row of `rows` has no volume, the page cannot be written,
-        or people were withdrawn from the store meanwhile.
+        If the store is of an unknown version or unfinished, a row of `rows` has no volume, the page cannot be written
+        or has another ending, another file has its name, or people were withdrawn from the store meanwhile.
     """
     started = time.perf_counter()
     if page.is_dir():
@@ -136,6 +137,8 @@ def write_report(
     opened = open_store(store)
     present = opened.ok_rows
     _check_rows(opened, rows)
+    check_page_suffix(page)
+    check_own_page(page, "ingest report")
     _make_folder(page)
     threads = threads or min(8, len(os.sched_getaffinity(0)))
     most_pictures = min(len(present), page_bytes // _TYPICAL_PICTURE_BYTES)

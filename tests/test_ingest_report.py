@@ -52,6 +52,9 @@ def test_outliers_come_first_with_the_measure_that_says_why(store, tmp_path):
     assert sum(score > OUTLIER_SCORE for score in scores) == 4
 
 
+OLDER = '<!DOCTYPE html>\n<meta name="generator" content="brain-volumes ingest report">\nan older page'
+
+
 def test_numbers_of_the_page_are_those_of_the_store(store, tmp_path):
     _, page = written(store, tmp_path)
     tables = tables_in(page)
@@ -180,7 +183,7 @@ def test_nobody_who_withdrew_is_in_the_page_and_pending_scans_are(own_store, tmp
 def test_who_withdraws_while_the_page_is_made_is_not_in_it(own_store, tmp_path):
     (tmp_path / "list.csv").write_text("9900001\n")
     page = tmp_path / "r.html"
-    page.write_text("an older page")
+    page.write_text(OLDER)
 
     def withdraw_once(_: int) -> None:
         if open_store(own_store).scans["status"].isin(["withdrawn"]).sum() == 0:
@@ -244,7 +247,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_command_line(own_store, tmp_path):
     page = tmp_path / "qc.html"
-    page.write_text("an older page")
+    page.write_text(OLDER)
     done = run("report", own_store, page, "--json", "--rows", "2,4-5")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -274,9 +277,11 @@ def test_a_page_that_cannot_be_written_is_named_where_nothing_can_be_removed_eit
 
 def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
     kept = tmp_path / "kept.html"
-    kept.write_text("an older page")
+    kept.write_text(OLDER)
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "text").write_text("no store")
+    for other in ("notes.html", "people.csv"):
+        (tmp_path / other).write_text("mine")
 
     def refused(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["ingest", "report", *map(str, arguments)])
@@ -288,6 +293,11 @@ def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
     for arguments, words in (
         ((own_store, tmp_path / "text" / "r.html"), ("text is a file", "folder of r.html", "choose another")),
         ((own_store, tmp_path / "folder.html"), ("is a folder", "choose another")),
+        (
+            (own_store, tmp_path / "notes.html"),
+            ("notes.html exists and is not a page of ingest report", "not replaced"),
+        ),
+        ((own_store, tmp_path / "people.csv"), ("people.csv ends in '.csv'; a report is written as .html",)),
         ((tmp_path / "text", kept), ("no store at",)),
         ((own_store, kept, "--rows", failed), (f"row {failed}", "bad_nifti")),
         ((own_store, kept, "--rows", "99"), ("row 99", "22 rows")),
@@ -303,5 +313,6 @@ def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
     code, text = refused(own_store, kept)
     assert code == 1
     assert "format version 9" in text
-    assert kept.read_text() == "an older page"
+    assert kept.read_text() == OLDER
+    assert {(tmp_path / other).read_text() for other in ("notes.html", "people.csv")} == {"mine"}
     assert sorted(tmp_path.glob(".*")) == []

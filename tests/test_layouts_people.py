@@ -29,3 +29,40 @@ def test_a_flat_folder_may_have_names_like_those_of_bids(tmp_path):
     (tmp_path / "dataset_description.json").write_text("{}")
     with pytest.raises(SourceError, match="--layout flat"):
         find_scans(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        (["0001_T1", "0001_T2", "0001_T1_mask", "0002_T1"], "such as 0001_T1 and 0001_T1_mask; .* --image T1, say in"),
+        (["sub01_T1w", "sub01_FLAIR", "sub02_T1w"], "such as sub01_FLAIR and sub01_T1w"),
+        (["T1-a b", "T2-a b"], "such as T1-a b and T2-a b"),
+        (["x.brain", "x"], "such as x and x.brain; .* --image brain, "),
+        (["mri/mwp1sub-01_T1w", "mri/mwp2sub-01_T1w"], "but 2 others, such as mri/mwp1sub-01_T1w"),
+        (
+            [f"{who}/{image}" for who in "abc" for image in ("T1", "T2")],
+            "has 6 scans of only 2 names, .* in a manifest",
+        ),
+    ],
+)
+def test_files_of_one_person_are_not_taken_for_people(tmp_path, tree, words):
+    touch(tmp_path, *[f"{name}.nii.gz" for name in tree])
+    with pytest.raises(SourceError, match=words):
+        find_scans(tmp_path)
+    assert len(names(tmp_path, Layout.flat)) == len(tree)
+
+
+def test_a_flat_folder_has_a_file_of_each_person(tmp_path):
+    for tree in (
+        ["1_T1", "2_T1", "3_T1_brain"],
+        ["T1", "T2"],
+        ["a", "x/a", "b"],
+        ["brain 1", "brain 2"],
+        ["s1", "S1"],
+        ["p_1", "p 1"],
+    ):
+        touch(tmp_path / tree[0], *[f"{name}.nii.gz" for name in tree])
+        assert len(names(tmp_path / tree[0])) == len(tree)
+    tree = ["0001_T1", "0001_T2", "0002_T1", "0002_T2"]
+    touch(tmp_path / "one", *[f"{name}.nii.gz" for name in tree])
+    assert len(names(tmp_path / "one", image="T1")) == 2

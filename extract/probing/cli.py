@@ -50,11 +50,12 @@ from extract.probing.printing import (
 from extract.probing.probe import target_names
 from extract.probing.replacing import check_absent, check_report_replaceable, check_saved_probe_replaceable
 from extract.probing.settings import THIRD_DEGREE, ProbeSettings
-from extract.writing import check_page_suffix, check_writable
+from extract.writing import check_writable
 from ingest.default_command import RunByDefault
 from ingest.errors import ObjectStoreError
 from ingest.interruption import told_interruption
 from ingest.progress import progress_bar
+from ingest.replacing import check_page_suffix
 
 
 class _ProbeCommands(RunByDefault):

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ingest.errors import StoreError
+from ingest.replacing import check_own, check_own_page
 
-#: What files of ours begin with, within so many bytes.
-_HEAD = 4096
 _SAVED_PROBE = re.compile(rb'\s*\{\s*"format":\s*"brain-probe"')
-_REPORT = re.compile(rb'.*<meta name="generator" content="brain-volumes probe">', re.DOTALL)
 
 
 def check_absent(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
@@ -39,23 +37,9 @@ def check_absent(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) ->
 
 def check_saved_probe_replaceable(path: Path) -> None:
     """Raise StoreError if there is a file that is no saved probe."""
-    _check_own(path, _SAVED_PROBE, "a saved probe")
+    check_own(path, _SAVED_PROBE, "a saved probe")
 
 
 def check_report_replaceable(path: Path) -> None:
     """Raise StoreError if there is a file that is no report of a probe."""
-    _check_own(path, _REPORT, "a report of probe")
-
-
-def _check_own(path: Path, beginning: re.Pattern[bytes], what: str) -> None:
-    if not path.exists():
-        return
-    try:
-        with path.open("rb") as file:
-            ours = beginning.match(file.read(_HEAD))
-    except OSError:  # what cannot be looked at is not known to be ours
-        ours = None
-    if not ours:
-        raise StoreError(
-            f"{path} exists and is not {what}, so it is not replaced; remove it yourself, or choose another name"
-        )
+    check_own_page(path, "probe")
