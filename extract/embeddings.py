@@ -122,6 +122,11 @@ class Embeddings:
         ValueError
             If there is no such phenotype, or it has texts or dates.
         """
+        if not isinstance(target, str):
+            raise TypeError(f"target is {target!r}, expected the name of one phenotype, such as 'age'")
+        alike = [name for name in self.phenotypes.columns if str(name).lower() == target.lower()]
+        if target not in self.phenotypes.columns and len(alike) == 1:  # as --targets takes them
+            target = alike[0]
         if target not in self.phenotypes.columns:
             there = ", ".join(map(str, self.phenotypes.columns)) or "none"
             raise ValueError(f"no phenotype {target!r} in the embeddings; there are: {there}")

@@ -16,6 +16,7 @@ from extract.embeddings import SCAN_COLUMNS, Embeddings
 from extract.encoder import Encoder, describe
 from extract.fast import choose_batch_size, memory_for, to_host
 from extract.timing import ComputeClock, Timing
+from extract.weights import about_store
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, package_versions
 from loaders import open_loader
@@ -228,5 +229,6 @@ def provenance(volumes: VolumeStore, encoder: Encoder, backend: str) -> dict[str
         },
         "simulated": bool(volumes.attrs["simulated"]),
         "skipped": [],
+        "notes": about_store(encoder.weights, volumes),
         "created_by": package_versions("torch", "torchvision", "zarr", "numpy"),
     }

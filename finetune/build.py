@@ -80,7 +80,10 @@ def find_weights(settings: FinetuneSettings) -> Weights:
         raise WeightsUnavailableError(
             f"no weights {given!r} for {settings.model}: expected {pretrained}, scratch, or the path of a file or a run"
         )
-    return load_weights(settings.model, given, settings.weights_dir)
+    try:
+        return load_weights(settings.model, given, settings.weights_dir)
+    except WeightsUnavailableError as error:
+        raise WeightsUnavailableError(str(error).replace("--weights random", "--weights scratch")) from None
 
 
 def without_effect(settings: FinetuneSettings, heads: Sequence[Head]) -> list[str]:

@@ -330,8 +330,6 @@ def main() -> None:
     try:
         with told_interruption(errors, _AFTER_CTRL_C):
             app()
-    except (
-        ValueError, ObjectStoreError, SchedulerError, FileNotFoundError, FileExistsError,
-    ) as error:  # fmt: skip
+    except (ValueError, ObjectStoreError, SchedulerError, OSError) as error:
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)

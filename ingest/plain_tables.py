@@ -18,6 +18,7 @@ _MAX_CATEGORIES = 20  # more different texts than this are names or remarks, not
 _MAX_NAME_BYTES = 255  # of a folder on most disks
 _SHOWN = 60  # characters of a name that is too long
 _NO_LABELS = NO_ANSWER | {"", "n/a", "na", "nan"}  # of levels; "none" may be one, of a disease
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}([ t]|$)", re.ASCII)
 _NUMBER = re.compile(r"[+-]?\d{1,9}(\.\d{0,9})?", re.ASCII)
 _LONG = re.compile(r"[+-]?\d{16,}", re.ASCII)  # of which different ones are the same float64
 _WITH_COMMA = re.compile(r"[+-]?\d[\d.]*(,[\d.]+)+", re.ASCII)  # 60,5 or 1,234.5
@@ -119,6 +120,10 @@ def plain_variables(
         elif len(answers) > _MAX_CATEGORIES:
             notes.add(f"column {name!r} left out: {len(answers)} different texts are no categories")
         else:
+            if answers.map(_DATE.match).notna().all():
+                notes.add(
+                    f"column {name!r} has dates, which are taken as categories; write days as numbers if they count"
+                )
             codes = {label: float(code) for code, label in enumerate(sorted(answers))}
             table[name], variables[name] = text.map(codes), _category_attributes(codes, known, source)
     return table, variables

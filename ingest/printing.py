@@ -18,6 +18,8 @@ from ingest.withdraw import AuditRecord
 
 _SHOWN_FAILURES = 20
 
+_NO_END = 100_000  # columns
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -102,7 +104,8 @@ def print_verify(report: VerifyReport, store: str) -> None:
         row = "" if finding.row is None else str(finding.row)
         cells = (row, finding.participant, finding.session, finding.kind, finding.detail, finding.source)
         table.add_row(*(escape(cell) for cell in cells))
-    console.print(table, highlight=False)
+    whole = None if console.is_terminal else _NO_END  # nothing is cut in a file, or for another program
+    console.print(table, highlight=False, width=whole)
     if len(report.findings) > _SHOWN_FAILURES:
         console.print(f"... and {len(report.findings) - _SHOWN_FAILURES} more; --json lists all", highlight=False)
 

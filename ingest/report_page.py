@@ -46,7 +46,7 @@ _MEANINGS = {
     "missing_member": "the archive has no such image; expected",
     "bad_archive": "the zip file is damaged",
     "bad_nifti": "the NIfTI file is damaged",
-    "bad_image": "the image is empty or constant",
+    "bad_image": "the image is empty or constant, or its geometry is impossible",
     "unsupported": "a kind of image that is not stored",
     "wrong_shape": "another space or shape than the store's",
     "read_error": "the file could not be read",

@@ -39,7 +39,7 @@ from ingest.store import (
 )
 from ingest.summary import summarise
 from ingest.withdraw import read_withdrawals
-from ingest.workers import run_in_processes, run_in_threads
+from ingest.workers import check_scheduler, run_in_processes, run_in_threads
 
 _GONE_AFTER = 8  # scans that cannot be fetched, one after the other; each has been tried for most of a minute
 
@@ -132,6 +132,8 @@ def ingest(
             max_memory, sizes, scans=len(plan.rows), workers=0 if scheduler else workers, remote=bool(scheduler),
             phenotypes=max((len(one.columns) for one in tables), default=0),
         )  # fmt: skip
+        if scheduler and plan.todo:
+            check_scheduler(scheduler)
         if on_plan:
             on_plan(len(plan.todo), sum(sizes))
 

@@ -21,6 +21,7 @@ import pandas as pd
 from ingest.brains import Anatomy, Effects, flirt_matrix, mni_volume, native_volume
 from ingest.cohort import anatomy_of, bids_table, draw_people, ukb_table, visits_of
 from ingest.convert import SIMULATED_PREFIX
+from ingest.dictionary import BY_NAME
 from ingest.errors import StoreError
 from ingest.grid import FSL_MNI152_AFFINE
 from ingest.store import package_versions
@@ -209,11 +210,12 @@ def _write_bids_tables(directory: Path, people: pd.DataFrame) -> None:
         "License": "CC0",
         "GeneratedBy": [{"Name": name, "Version": version} for name, version in package_versions().items()],
     }
+    income = {str(code): label for code, label in BY_NAME["income"].labels.items()}
     columns = {
         "sex": {"Levels": {"female": "female", "male": "male"}},
         "age": {"Description": "at the first visit", "Units": "years"},
         "household_size": {"Description": "people in the household; no effect on the brain"},
-        "income": {"Description": "of the household, in five classes; no effect on the brain"},
+        "income": {"Levels": income, "Description": "of the household; no effect on the brain"},
         "fluid_intelligence": {"Description": "right answers; a weak effect on the brain"},
         "smoking": {"Levels": {"0": "never", "1": "previous", "2": "current"}, "Description": "no effect on the brain"},
     }

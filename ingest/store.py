@@ -315,6 +315,8 @@ def open_store(path: str | Place) -> VolumeStore:
     """
     path = as_place(path)
     if not (path / "zarr.json").is_file():
+        if path.is_file():
+            raise StoreError(f"{path} is a file, expected a store of ingest, which is a folder")
         raise FileNotFoundError(f"no store at {path}; make one with: ingest SRC {path}")
     with quiet_zarr():
         try:

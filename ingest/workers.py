@@ -128,6 +128,11 @@ def run_in_processes(
             yield lost(batch[0]) if results is None else results[0]
 
 
+def check_scheduler(scheduler: str) -> None:
+    """Raise SchedulerError if nothing answers at an address, before anything is begun that needs it."""
+    _connect(scheduler).close()
+
+
 def _connect(scheduler: str) -> Client:
     from distributed import Client
 

@@ -7,7 +7,7 @@ import importlib
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,10 +21,16 @@ from loaders.fetch import Buffer, ShardFetcher
 from loaders.groups import decodes_groups
 from loaders.order import BatchPlan, Sampling
 from loaders.output import Output, make_decoder
+from loaders.progress import stop
 from loaders.slots import SlotRing, fills_slots
 from loaders.threads import ScanGroup, ScanThreads
 from loaders.timing import Timing
 from loaders.views import Images, each
+
+_NO_DATASET = (
+    "a loader makes the batches itself, in threads of this process: iterate over it, or give a DataLoader a "
+    "loaders.VolumeDataset"
+)
 
 
 @dataclass  # not frozen: Lightning sets the fields when it moves a batch to a device
@@ -120,12 +126,22 @@ class Loader:
             load = decodes_groups(self._fetcher, self._decoder)
         if self._fetcher.compiled:  # is compiled, or loaded, before any deadline runs
             target = self._ring.one() if self._inflates else np.empty(one, self._decoder.table.dtype)
-            load(ScanGroup([-1], [0], target), Buffer())
+            group = ScanGroup([-1], [0], target)
+            load(group, Buffer())
+            stop(group.progress)  # for iterators that are left when Python ends, which compiles nothing any more
         self._threads = ScanThreads(threads, load, deadline=deadline, describe=self._describe)
 
     def __len__(self) -> int:
         """Batches in a pass."""
         return len(self.sampling)
+
+    def __getitem__(self, index: object) -> NoReturn:
+        """Refuse to be a dataset, as torch's DataLoader takes it for."""
+        raise TypeError(_NO_DATASET)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be sent to another process."""
+        raise TypeError(_NO_DATASET)
 
     @property
     def sampler(self) -> Loader:

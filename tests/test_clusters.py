@@ -131,6 +131,7 @@ def test_a_scheduler_that_does_not_answer_is_named_in_one_line(shared, monkeypat
         f"error: no dask scheduler answers at {named}; expected tcp://HOST:PORT of one that runs, and can be reached "
         "from this machine"
     ]
+    assert not (shared / "t1.zarr").exists()
 
 
 @pytest.fixture

@@ -204,6 +204,13 @@ def test_for_scikit_learn(embeddings, files):
         embeddings.xy("age")
 
 
+def test_a_phenotype_is_found_whatever_its_capitals(embeddings):
+    name = str(embeddings.phenotypes.columns[0])
+    np.testing.assert_array_equal(embeddings.xy(name.upper()).y, embeddings.xy(name).y)
+    with pytest.raises(TypeError, match=r"target is \['sex', 'age'\], expected the name of one phenotype"):
+        embeddings.xy(["sex", "age"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_layer(embeddings, files, kind):
     found = open_embeddings(files[kind], layer="avgpool")

@@ -25,6 +25,7 @@ from extract.checkpoints import FORMAT, read_checkpoint
 from extract.cli import main as extract_main
 from extract.encoder import InputWarning, describe
 from extract.errors import WeightsUnavailableError
+from extract.probing.doubts import doubts
 from extract.probing.probe import probe
 from extract.probing.settings import ProbeSettings
 from extract.trained import other_store
@@ -294,7 +295,11 @@ def test_embeddings_of_a_run_are_probed(place, tmp_path, monkeypatch, capsys):
     with torch.inference_mode():
         levels = torch.from_numpy(stored(place / "s.zarr"))
         assert_close(torch.from_numpy(found.features), loaded.network.features(levels), 1e-4)
-    result = probe(found, ["sex"], settings=ProbeSettings(repeats=1, folds=3))[0]
+    settings = ProbeSettings(repeats=1, folds=3)
+    (note,) = found.attrs["notes"]
+    assert said == f"warning: {note}\n"
+    assert doubts({"e": found}, ["sex"], tasks={}, settings=settings)[0] == f"e: {note}"
+    result = probe(found, ["sex"], settings=settings)[0]
     assert result.status == "ok"
     assert result.headline.score > 0.6
 

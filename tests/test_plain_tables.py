@@ -32,6 +32,14 @@ def test_a_stray_text_is_a_bad_value_amid_numbers(tmp_path, name):
     assert bmi.bad_values == 3
 
 
+def test_dates_are_told(tmp_path):
+    found = column(tmp_path, "when", ["2001-02-03", "2001-02-04 10:00", ""])
+    (line,) = found.warnings
+    assert "column 'when' has dates, which are taken as categories" in line
+    assert list(found.table["when"][:2]) == [0, 1]
+    assert column(tmp_path, "who", ["2001-02-03", "later"]).warnings == []
+
+
 def test_texts_that_are_as_many_as_numbers_are_categories(tmp_path):
     found = column(tmp_path, "group", ["a", "1", "b", "2"])
     np.testing.assert_array_equal(found.table["group"], [2, 0, 3, 1])

@@ -115,6 +115,8 @@ def test_bids_cohort(tmp_path):
     store = open_store(tmp_path / "bids.zarr")
     assert summary.clean
     assert summary.status == {"ok": 4}
+    assert summary.phenotype_warnings == []
+    assert store.variables["income"]["task"] == "ordinal"
     assert store.attrs["simulated"] is True
     assert store.grid.space == "native"
     assert (store.scans["cut_off_voxels"] == 0).all()

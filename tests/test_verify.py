@@ -381,6 +381,7 @@ def test_command_line(store, made, tmp_path):
     assert done.returncode == 1
     assert "shard_missing" in done.stdout
     assert "9000002" in done.stdout
+    assert f"{ZIPS[1]}/{MEMBER}" in done.stdout  # whole: it is no terminal
     done = call(main, "verify", store, "--json", "--workers", 2)
     assert done.returncode == 1
     summary = json.loads(done.stdout)

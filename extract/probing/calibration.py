@@ -119,7 +119,7 @@ def probability_calibration_plot(found: OutOfFold, labels: list[str]) -> bytes:
                 color=PALE if two else colour,
             )  # fmt: skip
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share that is of the class")
-        axes.legend(loc="upper left", fontsize=8 if len(labels) <= 6 else 6)
+        figure.legend(loc="outside upper left", fontsize=8 if len(labels) <= 6 else 6)  # not over intervals
         below.set(xlabel=f"predicted probability{f' ({shorten(labels[1])})' if two else ''}", ylabel="scans")
         below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         return to_svg(figure)
@@ -156,7 +156,7 @@ def value_calibration_plot(found: OutOfFold, quantity: str) -> bytes:
             _draw(axes, binned, BLUE, f"bins of {_counts(binned)} scans{words}", line="-", bars=True)
             axes.set(xlim=(low, high), ylim=(low, high))
             below.hist(np.clip(predicted, low, high), bins=list(np.linspace(low, high, 25)), color=PALE)
-            axes.legend(loc="upper left", fontsize=8)
+            figure.legend(loc="outside upper left", fontsize=8)
         axes.set_ylabel(f"mean true {title}")
         below.set(xlabel=f"predicted {title}", ylabel="scans")
         below.yaxis.set_major_locator(MaxNLocator(3, integer=True))

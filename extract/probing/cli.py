@@ -335,6 +335,6 @@ def main() -> None:
     try:
         with told_interruption(errors, {"run": "", "apply": ""}):
             app()
-    except (ValueError, FileNotFoundError, ObjectStoreError) as error:
+    except (ValueError, OSError, ObjectStoreError) as error:
         warn(f"error: {error}")
         sys.exit(1)

@@ -45,6 +45,7 @@ def doubts(
     """
     first = next(iter(named.values()))
     return [
+        *(f"{name}: {note}" for name, embeddings in named.items() for note in embeddings.attrs.get("notes") or []),
         *(warning for name, embeddings in named.items() for warning in _constant_features(name, embeddings)),
         *_codes(first, targets, tasks, settings),
         *_lone_groups(first, settings),

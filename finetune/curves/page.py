@@ -85,7 +85,10 @@ def _summary(result: CurveResult) -> list[tuple[str, str]]:
         ("Methods", listed([TITLES[method] for method in plan.methods])),
         ("Seeds", f"{len(plan.seeds)} of each"),
         ("Model", plan.settings.model),
-        ("Transfer from", f"{last_component(plan.weights)} weights"),
+        (
+            "Transfer from",
+            f"weights of {last_component(plan.weights)}" if "/" in plan.weights else f"{plan.weights} weights",
+        ),
         ("Done", f"{done} of {len(result.cells)} cells"),
     ]
 
