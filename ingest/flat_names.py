@@ -51,7 +51,7 @@ def check_nobody_twice(source: Place, scans: Sequence[ScanSource], image: str | 
             f"others, such as {first.name}; {_ways_out(first.participant.split('_')[-1])}"
         )
     different = sorted(set(stems))
-    if 2 * len(different) <= len(stems) and len({scan.name.rpartition("/")[0] for scan in scans}) > 1:
+    if 2 * len(different) < len(stems) and len({scan.name.rpartition("/")[0] for scan in scans}) > 1:
         raise SourceError(
             f"{source} has {len(stems)} scans of only {len(different)} names, such as {first.name}, as where each "
             f"person has a folder; {_MANIFEST}"

@@ -185,8 +185,8 @@ def _affine(header: nib.Nifti1Header, shape: tuple[int, int, int]) -> tuple[np.n
     if sform not in known and qform not in known:
         raise ScanError(
             "unsupported",
-            f"neither sform nor qform is set (codes {sform} and {qform}), so left and right are unknown; set one, if you "
-            "know them (nibabel's set_sform, FSL's fslorient)",
+            f"neither sform nor qform is set (codes {sform} and {qform}), so left and right are unknown; set one, if "
+            "you know them (nibabel's set_sform, FSL's fslorient)",
         )
     if header["pixdim"][0] == 0:
         header["pixdim"][0] = 1  # the standard's default for the handedness

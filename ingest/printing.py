@@ -104,8 +104,8 @@ def print_verify(report: VerifyReport, store: str) -> None:
         row = "" if finding.row is None else str(finding.row)
         cells = (row, finding.participant, finding.session, finding.kind, finding.detail, finding.source)
         table.add_row(*(escape(cell) for cell in cells))
-    whole = None if console.is_terminal else _NO_END  # nothing is cut in a file, or for another program
-    console.print(table, highlight=False, width=whole)
+    wide = console if console.is_terminal else Console(width=_NO_END)  # nothing is cut for a file or another program
+    wide.print(table, highlight=False)
     if len(report.findings) > _SHOWN_FAILURES:
         console.print(f"... and {len(report.findings) - _SHOWN_FAILURES} more; --json lists all", highlight=False)
 

@@ -137,7 +137,7 @@ def _connect(scheduler: str) -> Client:
     from distributed import Client
 
     try:
-        return Client(scheduler, timeout=_CONNECT_S)
+        return Client(scheduler, timeout=_CONNECT_S, set_as_default=False)  # which one that fails would stay
     except (OSError, OverflowError, ValueError) as error:  # nobody there, or no address
         where = scheduler if "://" in scheduler else f"tcp://{scheduler}"  # as dask reads it
         raise SchedulerError(
@@ -165,7 +165,7 @@ def _run_batches(
 
     waiting = iter(batches)
     batch_of: dict[str, Sequence[Task]] = {}
-    running = as_completed()
+    running = as_completed(loop=client.loop)
 
     def start_more() -> None:
         wanted = at_once or _IN_FLIGHT * max(1, sum(client.nthreads().values()))

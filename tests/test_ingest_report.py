@@ -298,7 +298,7 @@ def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
             ("notes.html exists and is not a page of ingest report", "not replaced"),
         ),
         ((own_store, tmp_path / "people.csv"), ("people.csv ends in '.csv'; a report is written as .html",)),
-        ((tmp_path / "text", kept), ("no store at",)),
+        ((tmp_path / "text", kept), ("text is a file, expected a store",)),
         ((own_store, kept, "--rows", failed), (f"row {failed}", "bad_nifti")),
         ((own_store, kept, "--rows", "99"), ("row 99", "22 rows")),
     ):

@@ -121,6 +121,14 @@ def test_memory_is_used_again_only_when_nobody_holds_it(store, voxels):
         np.testing.assert_array_equal(kept[0][0].numpy(), voxels[1])
 
 
+def test_a_loader_is_no_dataset(store):
+    with open_loader(store) as loader:
+        with pytest.raises(TypeError, match="iterate over it, or give a DataLoader a"):
+            next(iter(torch.utils.data.DataLoader(loader, batch_size=None)))
+        with pytest.raises(TypeError, match="makes the batches itself"):
+            pickle.dumps(loader)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -131,14 +139,6 @@ def test_memory_is_used_again_only_when_nobody_holds_it(store, voxels):
         ({"backend": "tensorflow"}, "expected one of auto, dali, torch"),
     ],
 )
-def test_a_loader_is_no_dataset(store):
-    with open_loader(store) as loader:
-        with pytest.raises(TypeError, match="iterate over it, or give a DataLoader a loaders.VolumeDataset"):
-            next(iter(torch.utils.data.DataLoader(loader, batch_size=None)))
-        with pytest.raises(TypeError, match="makes the batches itself"):
-            pickle.dumps(loader)
-
-
 def test_bad_arguments_are_refused(store, arguments, message):
     with pytest.raises((ValueError, IndexError), match=message):
         open_loader(store, **arguments)

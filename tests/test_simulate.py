@@ -115,7 +115,7 @@ def test_bids_cohort(tmp_path):
     store = open_store(tmp_path / "bids.zarr")
     assert summary.clean
     assert summary.status == {"ok": 4}
-    assert summary.phenotype_warnings == []
+    assert summary.warnings == []
     assert store.variables["income"]["task"] == "ordinal"
     assert store.attrs["simulated"] is True
     assert store.grid.space == "native"
