@@ -27,6 +27,9 @@ MAX_VOXELS = 1 << 29
 MAX_EXTENT_MM = 1000.0
 
 _DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+#: Types that hardly a scan has, and another that holds their values as the loops of ingest see them: those are compiled
+#: for each type that comes, which takes seconds.
+_LARGER = {"i1": "i2", "i8": "f8", "u8": "f8"}
 _UNSUPPORTED_DTYPES = {
     1: "binary",
     32: "complex64",
@@ -49,7 +52,7 @@ class NiftiVolume:
     Attributes
     ----------
     data
-        (z, y, x), the file's own dtype in native byte order, read-only.
+        (z, y, x), the file's own dtype in native byte order, or one of `_LARGER`, read-only.
     affine
         float64 (4, 4), voxel (x, y, z) -> mm, of the sform if set, else the qform.
     slope, inter
@@ -106,8 +109,9 @@ def read_nifti(content: bytes, image: bytes | None = None, *, max_bytes: int | N
     if len(raw) < end:
         raise ScanError("bad_nifti", f"truncated: {len(raw)} bytes where the header announces {end}")
     data = np.frombuffer(raw, dtype, count=voxels, offset=offset).reshape(shape[::-1])
-    # Copies only what is byte-swapped or lies at an odd address: compiled loops want neither.
-    data = np.require(data, dtype.newbyteorder("="), "A")
+    # Copies only what is rare, byte-swapped, or lies at an odd address: compiled loops want none of that.
+    native = dtype.newbyteorder("=")
+    data = np.require(data, _LARGER.get(native.str[1:], native), "A")
     data.flags.writeable = False
     return NiftiVolume(
         data=data,
