@@ -45,6 +45,13 @@ _READERS: dict[Layout, Callable[[str, str, str | None], Ranked | None]] = {
 }
 _TABLES = (".csv", ".tsv")
 
+#: Files that are no scans: by kind, how their names end, and what makes scans of them.
+_OTHERS = {
+    "zip": ((".zip",), ""),
+    "DICOM": ((".dcm", ".ima"), "DICOM becomes NIfTI by dcm2niix"),
+    "FreeSurfer": ((".mgz", ".mgh"), "FreeSurfer's volumes become NIfTI by mri_convert x.mgz x.nii.gz"),
+}
+
 
 def find_scans(
     source: Place, layout: Layout = Layout.auto, image: str | None = None, rank: int | None = None
@@ -132,7 +139,7 @@ def _sorted(scans: list[ScanSource]) -> list[ScanSource]:
 def _kind(name: str) -> str:
     """Say of which kind a file is, in few different words."""
     if volume_stem(name) is None:
-        return "zip" if name.lower().endswith(".zip") else "other"
+        return next((kind for kind, (endings, _) in _OTHERS.items() if name.lower().endswith(endings)), "other")
     return "BIDS" if name.startswith("sub-") else "NIfTI"
 
 
@@ -151,4 +158,5 @@ def _nothing_found(source: Place, layout: Layout, image: str | None, kinds: Coun
     texts = list(expected.values()) if layout is Layout.auto else [expected[layout]]
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "no files"
     chosen = f" for --image {image}" if image else ""
-    return f"no scans{chosen} under {source} (found: {found}); expected {'; or '.join(texts)}"
+    hints = "".join(f"; {hint}" for kind, (_, hint) in _OTHERS.items() if kinds[kind] and hint)
+    return f"no scans{chosen} under {source} (found: {found}); expected {'; or '.join(texts)}{hints}"

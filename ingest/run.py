@@ -41,6 +41,7 @@ from ingest.summary import summarise
 from ingest.withdraw import read_withdrawals
 from ingest.workers import check_scheduler, run_in_processes, run_in_threads
 
+_FILES = {".h5", ".npz", ".parquet", ".csv", ".tsv", ".html", ".nii", ".gz", ".zip"}  # what no store is called like
 _GONE_AFTER = 8  # scans that cannot be fetched, one after the other; each has been tried for most of a minute
 
 
@@ -104,6 +105,8 @@ def ingest(
     settings = settings or IngestSettings()
     started = time.perf_counter()
     source, out = as_place(source), behind_links(as_place(out))
+    if out.suffix in _FILES:
+        raise StoreError(f"{out} ends in {out.suffix!r} like a file, but a store is a folder; name it like t1.zarr")
     with _clear_write_errors(out), store_lock(out) as check_lock:
         recover_store(out)
         there = find_existing(out, overwrite=overwrite, people_named=bool(withdrawn) or allow_readd)

@@ -137,7 +137,9 @@ def _text_header(path: Path, separator: str) -> Table:
         except StopIteration:
             raise TableError(f"{path} is empty") from None
         except UnicodeEncodeError:
-            raise TableError(f"{path} is not a text table in UTF-8; expected .csv, .tsv or .parquet") from None
+            raise TableError(
+                f'{path} is not a text table in UTF-8; expected .csv, .tsv or .parquet: save it as "CSV UTF-8"'
+            ) from None
         except csv.Error:  # a field of more than 128 KB: 30,000 columns with another separator
             return Table(path, [], separator)
         if not file.read(1):

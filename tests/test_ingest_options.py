@@ -14,6 +14,7 @@ from ingest.cli import main
         (("verify", "s.zarr", "--sample", 3), "add --against SRC"),
         (("run", "src", "s.zarr", "--workers", 2, "--scheduler", "tcp://127.0.0.1:1"), "the scheduler has its own"),
         (("run", "src", "s.zarr", "--slab", 3), "slab is 3, expected a divisor"),
+        (("run", "src", "s.h5"), "s.h5 ends in '.h5' like a file, but a store is a folder; name it like t1.zarr"),
         (("simulate", "d", "--participants", 1000000), "900000"),
         (("simulate", "d", "--participants", 1, "--seed", -1), "--seed"),
         (("withdraw", "w.csv", "broken.zarr"), "zarr.json is damaged"),

@@ -262,6 +262,12 @@ def test_a_folder_without_permission_is_reported(tmp_path):
         (tmp_path / "closed").chmod(0o700)
 
 
+def test_files_of_other_kinds_are_named(tmp_path):
+    touch(tmp_path, "a/1.dcm", "a/2.IMA", "b.mgz", "notes")
+    with pytest.raises(SourceError, match=r"found: 2 DICOM, 1 FreeSurfer, 1 other\).*dcm2niix; .*mri_convert"):
+        find_scans(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [

@@ -213,11 +213,12 @@ def run_command(
     names = target_names(first, asked)
     values = read_confounds(first, settings.confounds, tasks)
     warnings += number_warnings(first, values, tasks) + missing_warnings(values)
-    warnings += doubts(named, names, tasks=tasks, settings=settings)
-    if len(names) > MANY_PATTERNS:
-        effort = estimate_effort(first, names, tasks=tasks, settings=settings, confounds=values)
-        if effort.patterns > MANY_PATTERNS:
-            warn(effort.in_words() + (f" for each of {len(named)} embeddings" if len(named) > 1 else ""))
+    with errors.status(f"looking at {len(names)} phenotypes"):  # of a thousand it takes a minute
+        warnings += doubts(named, names, tasks=tasks, settings=settings)
+        many = len(names) > MANY_PATTERNS
+        effort = estimate_effort(first, names, tasks=tasks, settings=settings, confounds=values) if many else None
+    if effort is not None and effort.patterns > MANY_PATTERNS:
+        warn(effort.in_words() + (f" for each of {len(named)} embeddings" if len(named) > 1 else ""))
     with progress_bar("probe", errors) as progress:
         bar = progress.add_task("probe", total=None)
         probed = probe_all(
