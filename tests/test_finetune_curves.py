@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,89 +12,40 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
+from curve_store import CURVE, make_cohort, make_weights, trainings
 from report_page import Page
-from torchvision.models import resnet18
 
 from extract import build_encoder
 from extract.blocks import parts_path, start_parts
 from extract.errors import WeightsUnavailableError
 from extract.probing.linear import ridge
 from extract.run import extract
-from finetune.checkpoints import checkpoint_of, write_checkpoint
 from finetune.curves import CurveSettings, read_curve, run_curve
 from finetune.curves.cells import Cell, claim, read_cell
-from finetune.curves.frozen import embed_once
 from finetune.curves.planning import make_plan, read_plan
-from finetune.heads import Head
-from finetune.network import Input, ScanNetwork
 from finetune.run import finetune
 from finetune.settings import FinetuneSettings
 from finetune.split import read_split
-from ingest.encode import encode_shard
-from ingest.errors import StoreBusyError, StoreError
-from ingest.grid import Grid
-from ingest.lock import store_lock
-from ingest.scan import ScanRow
-from ingest.shard import shard_path, write_shard
-from ingest.store import create_store, open_store, resize_store, set_attributes, write_phenotypes, write_scans
+from ingest.errors import StoreError
+from ingest.store import open_store, write_phenotypes
 from ingest.withdraw import withdraw
 from loaders import View
-
-SHAPE = (16, 20, 16)
-PEOPLE = 60
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of small pictures that know sex and age; the first three people have two scans each."""
-    path = tmp_path_factory.mktemp("curve") / "cohort.zarr"
-    people = np.concatenate([np.arange(PEOPLE), np.arange(3)])
-    rng = np.random.default_rng(0)
-    create_store(path, [], Grid(SHAPE, 1.0, tuple(map(tuple, np.eye(4).tolist())), "native"), slab=4)
-    resize_store(path, len(people))
-    sex = rng.permutation(np.arange(PEOPLE) % 2).astype(float)[people]
-    age = rng.uniform(45, 80, PEOPLE)[people]
-    rows = []
-    for row, person in enumerate(people):
-        voxels = rng.integers(60, 160, SHAPE).astype(float)
-        voxels[:, 4:10, 4:10] += 60 * sex[row]
-        voxels[:, 12:18, 4:12] += 2.0 * (age[row] - 62)
-        write_shard(shard_path(path, row), encode_shard(np.clip(voxels, 0, 255).astype(np.uint8), 4))
-        session = str(2 + (row >= PEOPLE))
-        rows.append(ScanRow(f"9{person:06d}", session, "T1", f"{row}.nii.gz", status="ok", scale=1.0, offset=0.0))
-    write_scans(path, rows)
-    variables = {
-        "sex": {"task": "binary", "labels": {"0": "female", "1": "male"}},
-        "age": {"task": "continuous", "units": "years"},
-    }
-    write_phenotypes(path, pd.DataFrame({"sex": sex, "age": age}), variables)
-    set_attributes(path, {"simulated": True})
-    return path
+    return make_cohort(tmp_path_factory.mktemp("curve") / "cohort.zarr")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of weights."""
-    path = tmp_path_factory.mktemp("weights") / "w.pth"
-    torch.manual_seed(3)
-    torch.save(resnet18().state_dict(), path)
-    return path
+    return make_weights(tmp_path_factory.mktemp("weights") / "w.pth")
 
 
 @pytest.fixture(scope="module")
 def settings(weights: Path) -> FinetuneSettings:
-    """Trainings of a moment."""
-    return FinetuneSettings(
-        target="sex,age", weights=str(weights), view="axial", slices=1, size=(32, 32), epochs=3, batch_size=10, lr=1e-3,
-        validation=0.2, test=0.3, tensorboard=False, bootstrap=0, device="cpu", backend="torch", threads=1,
-        augmentation="none", freeze_until="layer4",
-    )  # fmt: skip
-
-
-CURVE = CurveSettings(sizes=(10, 15), seeds=(4,), draws=100)
+    return trainings(weights)
 
 
 @pytest.fixture(scope="module")
@@ -360,36 +310,6 @@ def test_a_curve_that_is_refused_leaves_nothing_that_the_next_one_would_use(stor
     assert again == plan
 
 
-def test_a_curve_tells_that_its_weights_know_people_of_the_store(store, settings, tmp_path):
-    volumes, weights = open_store(store), tmp_path / "run.pt"
-    head = Head("sex", "binary", ("female", "male"), frequencies=(0.5, 0.5))
-    network = ScanNetwork("resnet18", Input(View.axial, 1, None, (32, 32), 1.0, (0.5,) * 3, (0.5,) * 3), [head])
-    about = {"store": {"id": volumes.attrs["store_id"]}, "epoch": 2}
-    write_checkpoint(weights, checkpoint_of(network, settings, about))
-    chosen = settings.model_copy(update={"weights": str(weights)})
-    plan, _ = make_plan(volumes, tmp_path / "c", chosen, CURVE)
-    (note,) = [note for note in plan.notes if "was trained on people of this store" in note]
-    assert note.startswith("of the weights: run.pt (epoch 2)")
-    weights.unlink()
-    assert make_plan(volumes, tmp_path / "c", chosen, CURVE)[0].notes == plan.notes
-    alone = CURVE.model_copy(update={"methods": ("scratch",)})
-    assert note not in make_plan(volumes, tmp_path / "c", chosen, alone)[0].notes
-
-
-def test_a_curve_is_of_one_network(store, settings, tmp_path):
-    volumes, weights = open_store(store), tmp_path / "w.pth"
-    chosen = settings.model_copy(update={"weights": str(weights)})
-    torch.save(resnet18().state_dict(), weights)
-    plan, _ = make_plan(volumes, tmp_path / "c", chosen, CURVE)
-    assert read_plan(tmp_path / "c") == plan
-    assert plan.weights_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
-    torch.save(resnet18().state_dict(), weights)
-    with pytest.raises(StoreError, match=r"was begun with other weights than w\.pth has now \(sha256 "):
-        make_plan(volumes, tmp_path / "c", chosen, CURVE)
-    alone = CURVE.model_copy(update={"methods": ("scratch",)})
-    assert make_plan(volumes, tmp_path / "c", chosen, alone)[0].weights_sha256 == plan.weights_sha256
-
-
 def test_a_curve_is_by_one_truth(finished, store, settings, tmp_path):
     copy, curve = shutil.copytree(store, tmp_path / "s.zarr"), shutil.copytree(finished, tmp_path / "c")
     volumes = open_store(copy)
@@ -403,26 +323,6 @@ def test_a_curve_is_by_one_truth(finished, store, settings, tmp_path):
     write_phenotypes(copy, changed, volumes.variables)
     with pytest.raises(StoreError, match="has scores by other values of sex, which have changed in the store since"):
         make_plan(open_store(copy), curve, settings, CURVE)
-
-
-def test_nobody_is_removed_while_a_curve_is_made(store, settings, tmp_path):
-    people = tmp_path / "w.csv"
-    people.write_text("9000001\n")
-    curve, refused = tmp_path / "c", []
-
-    def try_to(progress):
-        if not refused:
-            with pytest.raises(StoreBusyError, match="is being written by process"):
-                withdraw(people, [curve])
-            refused.append(progress)
-
-    with store_lock(curve, shared=True):  # as another process that works here
-        run_curve(store, curve, settings, CURVE.model_copy(update={"methods": ("probe",)}), on_progress=try_to)
-        assert refused
-        with pytest.raises(StoreBusyError):
-            withdraw(people, [curve])
-    assert withdraw(people, [curve]).clean
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock"] == []
 
 
 def test_who_withdraws_is_gone_from_what_was_not_finished(finished, tmp_path):
@@ -444,18 +344,6 @@ def test_who_withdraws_is_gone_from_what_was_not_finished(finished, tmp_path):
     assert not any(path.exists() for path in left)
     assert json.loads(record.read_text())["reason"] == "row 1 (a/withdrawn.zip): damaged"
     assert "9000001" not in (curve / "split.csv").read_text()
-
-
-def test_probes_see_scans_as_they_are_now(store, settings, tmp_path):
-    copy = tmp_path / "copy.zarr"
-    shutil.copytree(store, copy)
-    sound = shard_path(copy, 5).read_bytes()
-    shard_path(copy, 5).write_bytes(b"damaged")
-    volumes = open_store(copy)
-    assert 5 not in embed_once(volumes, tmp_path, settings).scans["row"].tolist()
-    shard_path(copy, 5).write_bytes(sound)
-    found = embed_once(volumes, tmp_path, settings)
-    assert found.scans["row"].tolist() == list(range(PEOPLE + 3))
 
 
 def test_a_claim_is_given_up_at_the_end_of_its_block(tmp_path):

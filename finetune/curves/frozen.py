@@ -11,6 +11,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from extract import Embeddings, build_encoder, open_embeddings
+from extract.blocks import same_scans
+from extract.embeddings import read_tables
 from extract.encoder import InputWarning
 from extract.errors import WeightsUnavailableError
 from extract.models import family_of
@@ -21,6 +23,7 @@ from extract.probing.logistic import probabilities
 from extract.probing.results import TargetResult
 from extract.probing.targets import Target
 from extract.resume import extract_to
+from extract.run import scans_table, wanted_rows
 from extract.timing import Timing
 from finetune.cohort import Cohort
 from finetune.evaluate import score_head
@@ -37,6 +40,8 @@ def embed_once(
     run_dir: Path,
     settings: FinetuneSettings,
     on_batch: Callable[[Timing], None] | None = None,
+    *,
+    again: bool = False,
 ) -> Embeddings:
     """Return what the frozen network gives for the scans of a store as it is now: only what is new is extracted.
 
@@ -44,6 +49,8 @@ def embed_once(
     ----------
     settings
         Of the curve: the network sees the same of a scan as when it is fine-tuned. Slices are pooled by their mean.
+    again
+        Try scans again that could not be read.
 
     Raises
     ------
@@ -53,6 +60,8 @@ def embed_once(
         If the weights cannot be had, and nothing was extracted before.
     """
     path = run_dir / EMBEDDINGS
+    if path.exists() and not _lacks(store, path, again=again):  # whatever device this process would compute on
+        return open_embeddings(path)
     solid = family_of(settings.model).axes == 3
     try:
         with warnings.catch_warnings():
@@ -76,6 +85,14 @@ def embed_once(
     else:
         extract_to(path, store.path, encoder, backend=settings.backend, threads=settings.threads, on_batch=on_batch)
     return open_embeddings(path)
+
+
+def _lacks(store: VolumeStore, path: Path, *, again: bool) -> bool:
+    """Tell whether scans that are new, have changed, or are to be tried again are not in an embedding file."""
+    tables, wanted = read_tables(path), scans_table(store, wanted_rows(store))
+    missing = wanted["row"].to_numpy()[same_scans(wanted, tables.scans) < 0]
+    tried = [] if again else [int(one["row"]) for one in tables.attrs.get("skipped") or []]
+    return bool((~np.isin(missing, tried)).any())
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Work:
 
     def _probe(self, cell: Cell) -> CellResult:
         if self.embeddings is None:
-            self.embeddings = embed_once(self.store, self.run_dir, self.plan.settings)
+            self.embeddings = embed_once(self.store, self.run_dir, self.plan.settings, again=self.curve.retry_failed)
         begun = time.perf_counter()
         settings = self.plan.settings_of(cell, self.run_dir)
         cohort = read_cohort(self.store, settings, self.run_dir / SPLIT)
