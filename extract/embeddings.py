@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
-import re
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from extract.checks import as_numbers, check_features_to_write, check_tables, check_tables_to_write
+from extract.exchange import remove, take_place, temporary_name
 from extract.formats import DAMAGE, KINDS
 from extract.tables import Features, Tables, flat_names
 from extract.writing import behind_link, is_full, not_written, sync
@@ -300,60 +296,19 @@ def write_file(path: Path, tables: Tables, shape: tuple[int, ...], features: Fea
     if path.is_dir():
         check_replaceable(path)
     tables = replace(tables, attrs={"format": FORMAT, "format_version": FORMAT_VERSION, **tables.attrs})
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    temporary = temporary_name(path)
     try:
         KINDS[path.suffix].write(temporary, tables, (shape[0], shape[1]), features)
         for written in [temporary, *temporary.rglob("*")]:
             sync(written)
-        if path.is_dir():
-            _exchange(temporary, path)  # and what was there is removed below
-        else:
-            temporary.replace(path)
+        take_place(temporary, path)
         sync(path.parent)
     except OSError as error:
         if is_full(error):  # others may be of what features are read from
             raise not_written(path, temporary, error) from error
         raise
     finally:
-        _remove(temporary)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Remove what a process that was killed in `write_file` has left, or put back what it had moved aside.
-
-    Only for whoever holds the lock.
-    """
-    temporary = re.compile(rf"{re.escape(f'.{path.name}.')}[0-9a-f]{{8}}\.tmp{re.escape(path.suffix)}({_ASIDE})?")
-    for left in list(path.parent.iterdir()):
-        if not temporary.fullmatch(left.name):
-            continue
-        if left.name.endswith(_ASIDE) and not path.exists():
-            left.rename(path)
-        else:
-            _remove(left)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-#: What the end of a folder's name is while two folders exchange theirs.
-_ASIDE = ".aside"
-
-
-def _exchange(a: Path, b: Path) -> None:
-    """Give two folders each other's names, at once where the system can (Linux's ``renameat2``)."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    if renameat2 and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
-        return
-    aside = a.with_name(a.name + _ASIDE)
-    b.rename(aside)  # killed from here on, `remove_unfinished` finds it
-    a.rename(b)
-    aside.rename(a)
+        remove(temporary)
 
 
 def local_path(path: str | Path) -> Path:

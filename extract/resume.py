@@ -26,8 +26,9 @@ from extract.blocks import (
     write_block,
 )
 from extract.distributed import Group
-from extract.embeddings import check_replaceable, check_suffix, read_tables, remove_unfinished
+from extract.embeddings import check_replaceable, check_suffix, read_tables
 from extract.encoder import Encoder, describe
+from extract.exchange import remove_unfinished
 from extract.run import encode, fitting_batch_size, provenance, scans_table, wanted_rows
 from extract.timing import Timing, add_up
 from extract.writing import behind_link

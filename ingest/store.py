@@ -251,10 +251,7 @@ def rows_of(scans: pd.DataFrame) -> list[ScanRow]:
 
 
 def unchanged(then: VolumeStore, now: VolumeStore, rows: np.ndarray) -> np.ndarray:
-    """Tell of rows of a store, bool (row,), whether they are of the same scans as when it was opened before.
-
-    Who works on scans for long looks again before their people are named: they may have withdrawn meanwhile.
-    """
+    """Tell of rows, bool (row,), whether they are of the same scans as before: people may have withdrawn since."""
     if then.attrs["store_id"] != now.attrs["store_id"]:
         return np.zeros(len(rows), np.bool_)
     there = rows < len(now.scans)

@@ -22,10 +22,12 @@ from full_disk import full_disk
 from typer.testing import CliRunner
 
 import extract.embeddings
+import extract.exchange
 from extract import Embeddings, open_embeddings, write_embeddings
 from extract.blocks import read_finished, start_parts, write_block
 from extract.cli import app
-from extract.embeddings import check_replaceable, remove_unfinished
+from extract.embeddings import check_replaceable
+from extract.exchange import remove_unfinished
 from ingest.errors import StoreError
 
 N, WIDTH = 30, 4
@@ -294,7 +296,7 @@ def test_what_others_write_at_this_moment_is_not_removed(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_name_of_what_is_being_written_is_that_which_is_removed(embeddings, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(extract.embeddings, "_remove", lambda _: None)  # killed: nothing is tidied up
+    monkeypatch.setattr(extract.embeddings, "remove", lambda _: None)  # killed: nothing is tidied up
     monkeypatch.setattr(extract.embeddings, "sync", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_embeddings(tmp_path / f"e{kind}", embeddings)
@@ -320,13 +322,13 @@ def test_folders_are_exchanged_where_the_system_cannot(embeddings, tmp_path, mon
         return rename(self, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract.embeddings.ctypes, "CDLL", lambda _: SimpleNamespace())
+        patched.setattr(extract.exchange.ctypes, "CDLL", lambda _: SimpleNamespace())
         patched.setattr(Path, "rename", dying)
         if step is None:
             write_embeddings(path, newer)
             assert renames == 3
         else:
-            patched.setattr(extract.embeddings, "_remove", lambda _: None)
+            patched.setattr(extract.embeddings, "remove", lambda _: None)
             with pytest.raises(KeyboardInterrupt):
                 write_embeddings(path, newer)
     remove_unfinished(path)

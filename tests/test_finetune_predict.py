@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from finetuning import SHAPE, call_command, make_brains, tiny_settings
+from finetuning import call_command, make_brains, tiny_settings
 from networks import assert_close
 from rich.console import Console
 from small_store import make_store
+from trained_networks import MEAN, STD, make_scan_network, sha256, with_network
 
-from extract import build_encoder, open_embeddings
+from extract import open_embeddings
 from extract.checkpoints import FORMAT, read_checkpoint
 from extract.cli import main as extract_main
-from extract.encoder import InputWarning, describe
 from extract.errors import WeightsUnavailableError
 from extract.probing.doubts import doubts
 from extract.probing.probe import probe
@@ -31,11 +29,10 @@ from extract.probing.settings import ProbeSettings
 from extract.trained import other_store
 from extract.weights import load_weights
 from finetune.build import build_network, find_weights
-from finetune.checkpoints import LoadedRun, checkpoint_of, load_run, read_training, write_checkpoint
+from finetune.checkpoints import LoadedRun, load_run, read_training, write_checkpoint
 from finetune.export import export_run
 from finetune.heads import Head
-from finetune.network import Input, ScanNetwork
-from finetune.predict import predict_to, without_idle_work
+from finetune.predict import predict_to
 from finetune.printing import print_predicted
 from finetune.run import finetune
 from ingest.errors import StoreError
@@ -45,7 +42,6 @@ from ingest.withdraw import withdraw
 from loaders.views import View
 
 TARGETS = "sex,age,site,education,drinks"
-MEAN, STD = (0.4, 0.5, 0.6), (0.3, 0.2, 0.25)
 
 
 @pytest.fixture(scope="module")
@@ -56,35 +52,6 @@ def place(tmp_path_factory) -> Path:
     settings = tiny_settings(target=TARGETS, slices=2, crop="4,20,22", scale=0.75, epochs=1)
     finetune(folder / "s.zarr", folder / "multi", settings, report=False)
     return folder
-
-
-def with_network(folder: Path, network: ScanNetwork, **attrs: object) -> Path:
-    """Write the folder of a run of a network that was never trained; return its path."""
-    grid = {"shape_zyx": list(SHAPE), "voxel_mm": 1.0, "affine_ras": np.eye(4).tolist(), "space": "native"}
-    about = {"store": {"path": "s", "id": "elsewhere", "grid": grid}, "simulated": False, "epoch": 7, "step": 9}
-    seen = network.seen
-    settings = tiny_settings(
-        model=network.model, view=None if seen.view is View.volume else str(seen.view), target="sex",
-    )  # fmt: skip
-    folder.mkdir(parents=True)
-    write_checkpoint(folder / "best.pt", checkpoint_of(network, settings, about | attrs))
-    return folder
-
-
-def make_scan_network(view: View, pool: str = "mean", **seen: object) -> ScanNetwork:
-    """Return a network whose normalisation is its own."""
-    given = {"slices": 3, "crop": None, "size": None, "scale": 1.0, "mean": MEAN, "std": STD} | seen
-    torch.manual_seed(3)
-    head = Head("sex", "binary", ("female", "male"), frequencies=(0.5, 0.5))
-    return ScanNetwork("mc3_18" if view is View.volume else "resnet18", Input(view, **given), [head], pool=pool).eval()
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def volumes_of(count: int = 3) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 8, 24, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
 def test_predictions_of_the_people_tested_are_those_of_the_run(place, tmp_path):
@@ -226,53 +193,6 @@ def test_a_store_that_does_not_go_with_the_network_is_refused(place, tmp_path):
     with pytest.raises(StoreError, match=r"ends in '.txt'"):
         predict_to(tmp_path / "q.txt", place / "s.zarr", place / "multi")
     assert not (tmp_path / "q.csv").exists()
-
-
-@pytest.mark.parametrize(
-    ("view", "pool", "seen"),
-    [
-        (View.axial, "mean", {"slices": 2, "crop": (6, 20, 18), "size": (24, 20)}),
-        (View.triplanar, "attention", {"scale": 0.5}),
-        (View.volume, "mean", {"crop": (7, 24, 20), "scale": 0.75}),
-    ],
-)
-def test_an_encoder_of_a_run_sees_what_the_run_saw(tmp_path, view, pool, seen):
-    network = make_scan_network(view, pool, **seen)
-    with torch.inference_mode():
-        assert_close(without_idle_work(network)(volumes_of()), network(volumes_of()), 1e-4)
-    run = with_network(tmp_path / "sex", network)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", InputWarning)
-        encoder = build_encoder(weights=str(run), device="cpu")
-    assert [str(one.message) for one in told] == (
-        ["sex/best.pt (epoch 7) weighs the slices of a scan by attention; the features are their plain mean"]
-        if pool == "attention"
-        else []
-    )
-    network.attention = None
-    with torch.inference_mode():
-        assert_close(encoder(volumes_of()), network.features(volumes_of()), 1e-4)
-    about = describe(encoder)
-    assert about["weights"] == {
-        "name": "sex/best.pt (epoch 7)", "sha256": sha256(run / "best.pt"), "torchvision": None,
-    }  # fmt: skip
-    assert (about["model"], about["view"], about["input"]["mean"]) == (network.model, str(view), MEAN)
-    assert (encoder.crop, encoder.size, encoder.scale) == (network.seen.crop, network.seen.size, network.seen.scale)
-
-
-def test_options_come_before_what_the_run_saw(tmp_path):
-    run = with_network(tmp_path / "sex", make_scan_network(View.axial, scale=0.5, crop=(8, 20, 20)))
-    message = (
-        r"^sex/best.pt \(epoch 7\) was trained with view axial, size none, scale 0.5, not view coronal, size 24,24, "
-        r"scale 1.0: leave that out to see what it was trained on$"
-    )
-    with pytest.warns(InputWarning, match=message):
-        encoder = build_encoder(weights=str(run / "best.pt"), view=View.coronal, size=24, device="cpu")
-    assert (encoder.view, encoder.size, encoder.scale, encoder.crop) == (View.coronal, (24, 24), 1.0, (8, 20, 20))
-    with pytest.raises(WeightsUnavailableError, match="it is a checkpoint of resnet18; use --model resnet18"):
-        build_encoder("resnet34", weights=str(run), device="cpu")
-    with pytest.raises(ValueError, match="slices is 0"):
-        build_encoder(weights=str(run), slices=0, device="cpu")
 
 
 def test_embeddings_of_a_run_are_probed(place, tmp_path, monkeypatch, capsys):
