@@ -153,9 +153,6 @@ def _check_attributes(attrs: Mapping[str, Any], variables: Mapping[str, Any]) ->
             _check_object(what, value, _OBJECTS[name])
         if name in _LISTS_OF_OBJECTS and not _is_list_of_objects(value):
             raise ValueError(f"{what} is {_shown(value)}, expected a list such as {_LISTS_OF_OBJECTS[name]}")
-    notes = attrs.get("notes")
-    if not (notes is None or (isinstance(notes, list | tuple) and all(isinstance(note, str) for note in notes))):
-        raise ValueError(f'attribute notes is {_shown(notes)}, expected a list such as ["trained on some of them"]')
     _check_object("attribute store.grid", (attrs.get("store") or {}).get("grid"), '{"space": "mni152"}')
     for name, about in variables.items():
         _check_json(f"variables {name}", about)

@@ -153,7 +153,12 @@ def open_embeddings(path: str | Path, layer: str | None = None) -> Embeddings:
     path = local_path(path)
     for _ in range(_TRIES):
         before = _identity(path)
-        embeddings = _read_all(path)
+        try:
+            embeddings = _read_all(path)
+        except (StoreError, FileNotFoundError):  # as tables of one file and features of another are
+            if _identity(path) == before:
+                raise
+            continue
         if _identity(path) == before:
             return embeddings if layer is None else _one_layer(embeddings, layer, path)
     raise StoreError(f"{path} is replaced again and again while it is read; wait until extract has ended")

@@ -45,8 +45,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def behind_link(path: Path) -> Path:
-    """Return where a file itself is: a link to it is not to be replaced, for others lead there, too."""
-    return path.resolve() if path.is_symlink() else path
+    """Return where a file itself is: a link to it is not to be replaced, for others lead there, too.
+
+    A link to what has another ending, as caches name files by their contents, is replaced: that is no such file.
+    """
+    real = path.resolve() if path.is_symlink() else path
+    return real if real.suffix == path.suffix else path
 
 
 def sync(path: Path) -> None:
@@ -81,7 +85,8 @@ def check_writable(path: Path) -> None:
     """
     if os.path.isdir(path):  # unlike pathlib's, it does not fail where nothing can be looked at
         raise StoreError(f"{path} is a folder, expected the name of a file; choose another name")
-    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # the rest is made
+    parents = behind_link(path).absolute().parents
+    folder = next(parent for parent in parents if os.path.exists(parent))  # the rest is made
     if not os.path.isdir(folder):
         raise StoreError(f"{path} cannot be written: {folder} is a file, expected a folder; choose another name")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -112,6 +112,8 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
         split_file = Path(settings.split)
     if split_file is not None:
         split = read_split(split_file)
+        if not goes_on:
+            split = split.whole()  # of another run, which may have used fewer
     else:
         split = split_people(
             participants, groups.together, strata_of_units(targets[0], groups.together),
@@ -129,10 +131,11 @@ def read_cohort(store: VolumeStore, settings: FinetuneSettings, split_file: Path
         raise ValueError("nobody is in the training part; use more people, or another split")
     unused = part == UNUSED
     part[unused] = ""
-    drawn = goes_on and unused.any()  # before: some may have withdrawn since, and nobody comes in their place
+    drawn = unused.any()  # before: some may have withdrawn since, and nobody comes in their place
     if settings.train_people is not None and not drawn:
         strata = strata_of_units(targets[0], groups.people)
-        kept = training_people(groups.people, strata, train, settings.train_people, seed=settings.seed)
+        people = min(settings.train_people, len(np.unique(groups.people[train]))) if goes_on else settings.train_people
+        kept = training_people(groups.people, strata, train, people, seed=settings.seed)
         split = split.without(participants[train & ~kept])
         part[train & ~kept] = ""
         train = kept

@@ -7,12 +7,15 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ingest.errors import StoreBusyError, StoreError
 from ingest.places import Place
+
+_PATIENCE_S, _LOOK_AGAIN_S = 0.5, 0.01
 
 #: What a file system answers that has no locks at all (some network mounts).
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
@@ -67,6 +70,7 @@ def store_lock(store: Place, *, shared: bool = False) -> Iterator[Callable[[], N
 
 
 def _acquire(path: Path, store: Path, kind: int) -> int:
+    end = time.monotonic() + _PATIENCE_S
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -75,6 +79,10 @@ def _acquire(path: Path, store: Path, kind: int) -> int:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
+            if kind == fcntl.LOCK_SH and time.monotonic() < end:  # it may be one of them that looks if it is the last
+                os.close(descriptor)
+                time.sleep(_LOOK_AGAIN_S)
+                continue
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise StoreBusyError(

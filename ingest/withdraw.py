@@ -34,6 +34,7 @@ from ingest.store import (
 )
 from ingest.withdraw_tables import (
     RUN_EMBEDDINGS,
+    RUN_LOCK,
     is_run,
     is_table,
     remove_from_run,
@@ -179,8 +180,17 @@ def _to_lock(kinds: dict[Place, str]) -> Iterable[Place]:
             places[store] = None
         if kind == "run":
             assert isinstance(store, Path)
-            places[store / RUN_EMBEDDINGS] = None
+            places |= dict.fromkeys([store / RUN_LOCK, *_embeddings_in(store)])
     return places
+
+
+def _embeddings_in(run: Path) -> list[Path]:
+    """Return the embeddings in the folder of a run or curve, finished or not, and where those of a curve would be."""
+    from extract.formats import KINDS
+
+    names = {RUN_EMBEDDINGS, *(path.name.removesuffix(".parts") for path in run.glob("embeddings.*"))}
+    found = [run / name for name in sorted(names) if Path(name).suffix in KINDS]
+    return [path.resolve() if path.is_symlink() else path for path in found]
 
 
 def _followed(store: str | Place) -> Place:
@@ -261,8 +271,8 @@ def _remove_voxels(store: Place, number: int) -> int:
 
 
 def _remove_report(page: Path, _: frozenset[str]) -> list[_Done]:
-    size = page.stat().st_size
-    page.unlink()
+    size = page.stat().st_size if page.exists() else 0  # it may have gone with the run that it is in
+    page.unlink(missing_ok=True)
     return [(Removal(page.name, "report", 0, 0, size), set())]
 
 
@@ -273,7 +283,7 @@ def _from_predictions(path: Path, people: frozenset[str]) -> list[_Done]:
 
 
 def _from_run(folder: Path, people: frozenset[str]) -> list[_Done]:
-    inside = _from_embeddings(folder / RUN_EMBEDDINGS, people)
+    inside = [done for path in _embeddings_in(folder) for done in _from_embeddings(path, people)]
     found, rows, deleted = remove_from_run(folder, people, lambda document: _without(document, people))
     return [*inside, (Removal(folder.name, "run", len(found), rows, deleted), found)]
 

@@ -30,6 +30,9 @@ _CELL_PEOPLE = "_participants"
 #: What a curve has embedded, as `finetune.curves.frozen` calls it.
 RUN_EMBEDDINGS = "embeddings.zarr"
 
+#: What the processes that make a curve hold a lock of, as `finetune.curves.running` calls it.
+RUN_LOCK = "people"
+
 #: What a process that was killed in writing a file has left, see `extract.writing.write_whole`.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 

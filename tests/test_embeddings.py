@@ -22,6 +22,8 @@ from small_store import make_store
 import extract.embeddings
 from extract import Embeddings, build_encoder, open_embeddings, write_embeddings
 from extract.blocks import parts_path, start_parts, write_block
+from extract.probing.doubts import doubts
+from extract.probing.settings import ProbeSettings
 from extract.resume import extract_to
 from ingest.errors import StoreError
 from ingest.lock import store_lock
@@ -101,7 +103,8 @@ def test_replaced_while_it_is_read_it_is_read_again(embeddings, tmp_path, kind, 
         scans=embeddings.scans.iloc[backwards].reset_index(drop=True),
         phenotypes=embeddings.phenotypes.iloc[backwards].reset_index(drop=True),
     )
-    write_embeddings(path, embeddings)
+    fewer = replace(other, features=other.features[:3], scans=other.scans[:3], phenotypes=other.phenotypes[:3])
+    write_embeddings(path, fewer)
     read_features, often = extract.embeddings.read_features, 1
 
     def replaced(read: Path) -> Iterator[np.ndarray]:
@@ -202,6 +205,13 @@ def test_for_scikit_learn(embeddings, files):
     assert list(spelt.xy("sex").groups) == list(groups), "one person in all spellings"
     with pytest.raises(ValueError, match="no phenotype 'age' in the embeddings; there are: sex, f3, session"):
         embeddings.xy("age")
+
+
+def test_notes_of_others_are_no_warnings(embeddings, tmp_path):
+    for notes, told in (("made by hand", []), (["trained on them", 7], ["e: trained on them"])):
+        write_embeddings(tmp_path / "e.npz", replace(embeddings, attrs={**embeddings.attrs, "notes": notes}))
+        found = open_embeddings(tmp_path / "e.npz")
+        assert doubts({"e": found}, [], tasks={}, settings=ProbeSettings()) == told
 
 
 def test_a_phenotype_is_found_whatever_its_capitals(embeddings):

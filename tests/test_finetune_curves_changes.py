@@ -69,7 +69,7 @@ def test_nobody_is_removed_while_a_curve_is_made(store, settings, tmp_path):
                 withdraw(people, [curve])
             refused.append(progress)
 
-    with store_lock(curve, shared=True):  # as another process that works here
+    with store_lock(curve / "people", shared=True):  # as another process that works here
         run_curve(store, curve, settings, CURVE.model_copy(update={"methods": ("probe",)}), on_progress=try_to)
         assert refused
         with pytest.raises(StoreBusyError):
@@ -96,7 +96,8 @@ def test_probes_see_scans_as_they_are_now(store, settings, tmp_path):
     rows[8] = replace(rows[8], source_mtime=1.0)  # ingested anew
     shutil.copy(shard_path(copy, 9), shard_path(copy, 8))
     write_scans(copy, rows)
-    now = embed_once(open_store(copy), tmp_path, settings)
+    now = embed_once(open_store(copy), tmp_path, elsewhere)
+    assert read_tables(tmp_path / "embeddings.zarr").attrs["precision"] == "float32"
     np.testing.assert_allclose(now.features[8], found.features[9], rtol=1e-4, atol=1e-5)
 
 

@@ -253,10 +253,15 @@ def test_who_was_not_drawn_is_written_down(store, tmp_path):
     gone = next(who for who, part in first.split.part_of.items() if part == "train")
     write_split(path, Split({who: part for who, part in first.split.part_of.items() if who != gone}))
     assert read_cohort(store, settings, path).people()["train"] == 7
+    everybody = tiny_settings(train_people=first.people()["train"] + parts["unused"], seed=2)
+    write_split(path, read_split(path).whole())
+    assert (
+        read_cohort(store, everybody, path).people()["train"] == 7 + parts["unused"]
+    )  # who is left, of those asked for
+    write_split(path, Split({who: part for who, part in first.split.part_of.items() if who != gone}))
     other = tiny_settings(train_people=5, split=str(path))  # of a run of its own
     assert read_cohort(store, other).people()["train"] == 5
-    with pytest.raises(ValueError, match="train_people is 8, but the training part has 7"):
-        read_cohort(store, other.model_copy(update={"train_people": 8}))
+    assert read_cohort(store, other.model_copy(update={"train_people": None})).people()["train"] == 7 + parts["unused"]
     assert first.split.whole() == read_cohort(store, tiny_settings(seed=2)).split
 
 

@@ -28,6 +28,15 @@ JOB = "sys/fs/cgroup/slurm/job_1"
         ({}, 8000 << 10),
         ({"proc/self/cgroup": "0::/"}, 8000 << 10),
         ({"proc/self/cgroup": "0::/slurm/job_1", f"{JOB}/memory.max": "5000", f"{JOB}/memory.current": "2000"}, 3000),
+        (
+            {
+                "proc/self/cgroup": "0::/slurm/job_1",
+                f"{JOB}/memory.max": "5000",
+                f"{JOB}/memory.current": "4900",
+                f"{JOB}/memory.stat": "anon 100\nfile 4800\ninactive_file 4000\nactive_file 800",
+            },
+            4100,
+        ),
         ({"proc/self/cgroup": "0::/slurm/job_1", f"{JOB}/memory.max": "max", f"{JOB}/memory.current": "2"}, 8000 << 10),
         (
             {

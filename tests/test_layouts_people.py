@@ -36,7 +36,9 @@ def test_a_flat_folder_may_have_names_like_those_of_bids(tmp_path):
     [
         (["0001_T1", "0001_T2", "0001_T1_mask", "0002_T1"], "such as 0001_T1 and 0001_T1_mask; .* --image T1, say in"),
         (["sub01_T1w", "sub01_FLAIR", "sub02_T1w"], "such as sub01_FLAIR and sub01_T1w"),
-        (["T1-a b", "T2-a b"], "such as T1-a b and T2-a b"),
+        (["a b-T1", "a b-T2", "c"], "such as a b-T1 and a b-T2"),
+        (["01", "02", "01_label"], "such as 01 and 01_label; say in a manifest"),
+        (["a/T1", "b/T1"], "has 2 scans of only 1 names"),
         (["x.brain", "x"], "such as x and x.brain; .* --image brain, "),
         (["mri/mwp1sub-01_T1w", "mri/mwp2sub-01_T1w"], "but 2 others, such as mri/mwp1sub-01_T1w"),
         (
@@ -60,6 +62,8 @@ def test_a_flat_folder_has_a_file_of_each_person(tmp_path):
         ["brain 1", "brain 2"],
         ["s1", "S1"],
         ["p_1", "p 1"],
+        ["PD_1", "CT_1", "1"],
+        ["A_sub-1_T1w", "B_sub-1_T1w"],
     ):
         touch(tmp_path / tree[0], *[f"{name}.nii.gz" for name in tree])
         assert len(names(tmp_path / tree[0])) == len(tree)

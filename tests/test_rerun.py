@@ -107,10 +107,11 @@ def test_a_duplicate_is_read_once_its_original_has_failed_and_is_gone(tmp_path):
     (source / "a").mkdir(parents=True)
     (source / "a" / "x.nii.gz").write_bytes(b"broken")
     add_scan(source / "b" / "x.nii.gz", 1)
-    ingest(source, out)
+    flat = IngestSettings(layout=Layout.flat)
+    ingest(source, out, flat)
     assert status(out) == {"a/x.nii.gz": "bad_nifti", "b/x.nii.gz": "duplicate"}
     (source / "a" / "x.nii.gz").unlink()
-    assert ingest(source, out, retry_failed=True).retried == 1
+    assert ingest(source, out, flat, retry_failed=True).retried == 1
     assert status(out) == {"a/x.nii.gz": "bad_nifti", "b/x.nii.gz": "ok"}
 
 

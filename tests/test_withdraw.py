@@ -330,7 +330,7 @@ def test_the_folder_of_a_run_loses_them_with_its_pages_and_a_checkpoint_to_go_on
         run.mkdir(parents=True)
         write_split(run / "split.csv", Split(dict(zip(PEOPLE, ["train", "test"] * 3, strict=True))))
         pd.DataFrame({"row": [0, 1], "participant": PEOPLE[:2]}).to_parquet(run / "predictions.parquet")
-        (run / "report.html").write_text("brains")
+        (run / "report.html").write_text('<meta name="generator" content="brain-volumes finetune"> brains')
         (run / "best.pt").write_bytes(b"weights")
     pd.DataFrame({"row": [0, 1], "participant": PEOPLE[:2]}).to_csv(runs[0] / "all.csv")
     arrays = {"0_rows": np.arange(3), "0_truth": np.arange(3.0), "0_participants": np.array(PEOPLE[:3])}
@@ -342,9 +342,12 @@ def test_the_folder_of_a_run_loses_them_with_its_pages_and_a_checkpoint_to_go_on
     (runs[0] / "last.pt").write_bytes(b"weights")
     (runs[1] / "last.pt").write_bytes(b"skipped: " + GONE.encode())  # of a run that is not finished
     (runs[0] / "results.json").write_text(json.dumps({"skipped": {"1": f"row 1 ({GONE}.nii.gz) is damaged"}}))
-    shutil.copytree(place / "e.zarr", place / "curve" / "embeddings.zarr")
-    record = withdraw(place / "w1234_20261124.csv", [place / "curve"])
-    assert {one.kind: (one.people, one.scans) for one in record.removals} == {"embeddings": (1, 1), "run": (1, 4)}
+    (place / "curve" / "embeddings.zarr").symlink_to(place / "e.zarr")
+    shutil.copy(place / "e.h5", place / "curve" / "embeddings.h5")
+    record = withdraw(place / "w1234_20261124.csv", [place / "curve", runs[0] / "report.html", place / "e.zarr"])
+    assert [(one.store, one.people, one.scans) for one in record.removals] == [
+        ("embeddings.h5", 1, 1), ("e.zarr", 1, 1), ("curve", 1, 4), ("e.zarr", 0, 0), ("report.html", 0, 0),
+    ]  # fmt: skip
     with np.load(runs[1] / "test.npz") as cell:
         kept = np.array([who != GONE for who in PEOPLE[:3]])
         assert {name: cell[name].tolist() for name in cell.files} == {

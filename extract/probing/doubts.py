@@ -45,12 +45,18 @@ def doubts(
     """
     first = next(iter(named.values()))
     return [
-        *(f"{name}: {note}" for name, embeddings in named.items() for note in embeddings.attrs.get("notes") or []),
+        *(f"{name}: {note}" for name, embeddings in named.items() for note in _notes(embeddings)),
         *(warning for name, embeddings in named.items() for warning in _constant_features(name, embeddings)),
         *_codes(first, targets, tasks, settings),
         *_lone_groups(first, settings),
         *_few_draws(settings),
     ]
+
+
+def _notes(embeddings: Embeddings) -> list[str]:
+    """Return what `extract` has told of the weights; in files of others it may be anything."""
+    notes = embeddings.attrs.get("notes")
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
 
 
 def _constant_features(name: str, embeddings: Embeddings) -> list[str]:

@@ -77,7 +77,7 @@ def embed_once(
                 scale=settings.scale,
                 seed=settings.seed,
                 device=settings.device,
-                precision=settings.precision,
+                precision=str(read_tables(path).attrs["precision"]) if path.exists() else settings.precision,  # of all
             )
     except WeightsUnavailableError:
         if not path.exists():

@@ -26,6 +26,7 @@ from finetune.settings import FinetuneSettings, make_settings
 from finetune.split import read_split, write_split
 from ingest.errors import StoreError
 from ingest.store import VolumeStore, check_format, package_versions
+from ingest.withdraw_tables import RUN_LOCK
 
 FORMAT, VERSION = "brain-curve", 1
 PLAN, SPLIT = "plan.json", "split.csv"
@@ -220,7 +221,8 @@ def _read_before(run_dir: Path) -> Plan | None:
     if (run_dir / PLAN).is_file():
         return read_plan(run_dir)
     if run_dir.is_dir():
-        others = [path.name for path in run_dir.iterdir() if path.name not in (SPLIT, f"{PLAN}.lock", "plan.lock")]
+        locks = (f"{PLAN}.lock", "plan.lock", f"{RUN_LOCK}.lock")
+        others = [path.name for path in run_dir.iterdir() if path.name not in (SPLIT, *locks)]
         if any(not name.startswith(".") for name in others):
             raise StoreError(f"{run_dir} exists and is no curve (it holds {sorted(others)[0]}); choose another folder")
     return None
@@ -252,10 +254,10 @@ def _read_people(store: VolumeStore, run_dir: Path, settings: FinetuneSettings, 
 
 def _compare_truth(run_dir: Path, plan: Plan, cohort: Cohort) -> None:
     """Raise StoreError if cells were scored by other values of people who are tested than the store has now."""
-    targets = {target.name: target for target in cohort.targets}
+    targets = {target.name.lower(): target for target in cohort.targets}
     for cell in plan.cells():
         for scored in read_cell(run_dir, cell).targets:
-            target = targets[scored.name]
+            target = targets[scored.name.lower()]  # as settings name them, whatever the store does by now
             now = pd.Series(target.values, index=cohort.rows).reindex(scored.rows).to_numpy()
             if scored.labels != tuple(target.labels) or (now != scored.truth)[~np.isnan(now)].any():
                 raise StoreError(

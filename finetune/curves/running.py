@@ -17,6 +17,7 @@ from finetune.settings import FinetuneSettings
 from ingest.lock import store_lock
 from ingest.places import Place
 from ingest.store import open_store
+from ingest.withdraw_tables import RUN_LOCK
 
 
 def run_curve(
@@ -73,7 +74,7 @@ def run_curve(
     """
     run_dir, curve = Path(run_dir), curve or CurveSettings()
     check_no_file(run_dir, "curve")
-    with store_lock(run_dir, shared=True):  # several may work here, but nobody may remove people meanwhile
+    with store_lock(run_dir / RUN_LOCK, shared=True):  # several may work here, but nobody may remove people meanwhile
         volumes = open_store(store)
         plan, cohort = make_plan(volumes, run_dir, settings, curve)
         elsewhere = Work(volumes, run_dir, plan, cohort, curve, on_progress).do_all()
