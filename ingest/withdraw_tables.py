@@ -27,10 +27,10 @@ _CHECKPOINT = "last.pt"
 _CELL, _CELL_RECORD = "test.npz", "cell.json"
 _CELL_PEOPLE = "_participants"
 
-#: What a curve has embedded, as `finetune.curves.frozen` calls it.
+#: What a curve has embedded.
 RUN_EMBEDDINGS = "embeddings.zarr"
 
-#: What the processes that make a curve hold a lock of, as `finetune.curves.running` calls it.
+#: What the processes that make a curve hold a lock of.
 RUN_LOCK = "people"
 
 #: What a process that was killed in writing a file has left, see `extract.writing.write_whole`.

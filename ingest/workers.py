@@ -107,9 +107,8 @@ def run_in_processes(
             nanny = logging.getLogger("distributed.nanny")
             stack.callback(nanny.setLevel, nanny.level)
             client = stack.enter_context(Client(stack.enter_context(cluster)))
-            stack.callback(
-                nanny.setLevel, logging.ERROR
-            )  # that it kills workers at the end, if they are slow, is no news
+            # That it kills workers in the end, if they are slow, is no news.
+            stack.callback(nanny.setLevel, logging.ERROR)
         else:
             client = stack.enter_context(_connect(scheduler))
             client.wait_for_workers(1)

@@ -35,13 +35,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights") / "w.pth")
-
-
-@pytest.fixture(scope="module")
-def settings(weights: Path) -> FinetuneSettings:
-    return trainings(weights)
+def settings(tmp_path_factory: pytest.TempPathFactory) -> FinetuneSettings:
+    return trainings(make_weights(tmp_path_factory.mktemp("weights") / "w.pth"))
 
 
 def test_a_curve_is_of_one_network(store, settings, tmp_path):

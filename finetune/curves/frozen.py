@@ -30,9 +30,8 @@ from finetune.evaluate import score_head
 from finetune.heads import make_head
 from finetune.settings import FinetuneSettings
 from ingest.store import VolumeStore
+from ingest.withdraw_tables import RUN_EMBEDDINGS
 from loaders import View
-
-EMBEDDINGS = "embeddings.zarr"
 
 
 def embed_once(
@@ -59,7 +58,7 @@ def embed_once(
     WeightsUnavailableError
         If the weights cannot be had, and nothing was extracted before.
     """
-    path = run_dir / EMBEDDINGS
+    path = run_dir / RUN_EMBEDDINGS
     if path.exists() and not _lacks(store, path, again=again):  # whatever device this process would compute on
         return open_embeddings(path)
     solid = family_of(settings.model).axes == 3
