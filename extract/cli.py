@@ -7,24 +7,20 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from extract.distributed import join_group
-from extract.embeddings import check_suffix, local_path
-from extract.encoder import DEFAULT_MODEL, Encoder, InputWarning, build_encoder
-from extract.fast import CompileWarning
-from extract.models import about_pictures
-from extract.resume import ExtractSummary, extract_to
-from extract.timing import Timing
-from extract.weights import WeightsUnavailableError, about_store
+from extract.errors import WeightsUnavailableError, is_out_of_memory
 from ingest.interruption import GOES_ON, told_interruption
 from ingest.progress import progress_bar
-from ingest.store import open_store
 from loaders.views import View
+
+if TYPE_CHECKING:
+    from extract.encoder import Encoder
+    from extract.resume import ExtractSummary
+    from extract.timing import Timing
 
 #: Exit code when weights cannot be had, so that a script can go on with others.
 WEIGHTS_UNAVAILABLE = 3
@@ -44,7 +40,7 @@ def extract_command(
         str | None,
         typer.Option(
             help="A ResNet of torchvision (2D: resnet18, ...) or video network (3D: r3d_18, s3d, ...).",
-            show_default=f"{DEFAULT_MODEL}, or that of RUN_DIR",
+            show_default="resnet18, or that of RUN_DIR",
         ),
     ] = None,
     weights: Annotated[
@@ -84,6 +80,16 @@ def extract_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Embed every scan of a store with a frozen network."""
+    # Here and not above: torch takes seconds to import, and neither --help nor a misspelt option waits for it.
+    from extract.distributed import join_group
+    from extract.embeddings import check_suffix, local_path
+    from extract.encoder import InputWarning, build_encoder
+    from extract.fast import CompileWarning
+    from extract.models import about_pictures
+    from extract.resume import extract_to
+    from extract.weights import about_store
+    from ingest.store import open_store
+
     path = local_path(out)
     check_suffix(path)
     if seed is not None and weights != "random":
@@ -195,7 +201,9 @@ def main() -> None:
     except WeightsUnavailableError as error:
         errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(WEIGHTS_UNAVAILABLE)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         errors.print(f"error: {reason}; use a smaller --batch-size", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)

@@ -28,8 +28,6 @@ from loaders.views import Images, View, as_images, each
 #: gone on with.
 ENCODING_VERSION = 1
 
-DEFAULT_MODEL = "resnet18"
-
 _SEEDS = 1 << 63  # that torch takes
 
 
@@ -237,7 +235,7 @@ def build_encoder(
         If the weights cannot be had or do not fit the model.
     """
     own = find_checkpoint(weights)
-    model = model or (own.model if own else None) or DEFAULT_MODEL
+    model = model or (own.model if own else None) or "resnet18"
     family = family_of(model)
     loaded = load_weights(model, own, weights_dir) if own else None  # others may take a download: they come last
     trained = own.trained if own else None

@@ -6,28 +6,24 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
 from extract.cli import WEIGHTS_UNAVAILABLE
-from extract.distributed import join_group
-from extract.errors import WeightsUnavailableError
+from extract.errors import WeightsUnavailableError, is_out_of_memory
 from finetune.curves.cli import curve_command
 from finetune.errors import NonFiniteLossError
-from finetune.export import export_run
 from finetune.options import Config, settings_from, with_settings
-from finetune.predict import predict_to
-from finetune.printing import epoch_lines, print_predicted, print_result, progress_words
-from finetune.results import SETTINGS
-from finetune.run import Progress, finetune
 from ingest.default_command import RunByDefault
 from ingest.interruption import GOES_ON, told_interruption
 from ingest.progress import progress_bar
+
+if TYPE_CHECKING:
+    from finetune.run import Progress
 
 console = Console()
 errors = Console(stderr=True)
@@ -65,6 +61,12 @@ def run_command(
     **flags: Any,
 ) -> None:
     """Train, choose the best epoch by validation, and score it on people who were held back (the default command)."""
+    # Here and not above, as in every command: torch takes seconds to import, and --help does not wait for it.
+    from extract.distributed import join_group
+    from finetune.printing import epoch_lines, print_result
+    from finetune.results import SETTINGS
+    from finetune.run import finetune
+
     given = {name for name, value in flags.items() if value is not None and value != []}
     if config is None and (run_dir / SETTINGS).is_file() and "target" not in given:
         config = run_dir / SETTINGS  # to go on, it is enough to name the run
@@ -115,6 +117,9 @@ def predict_command(
     as_json: AsJson = False,
 ) -> None:
     """Predict for the scans of any store with a finished run: a table with a row per scan."""
+    from finetune.predict import predict_to
+    from finetune.printing import print_predicted
+
     logging.getLogger("loaders").addFilter(_is_no_skipped_scan)
     with progress_bar("predict", errors) as bar:
         task = bar.add_task("predict", total=None)
@@ -138,6 +143,8 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Write a network for use elsewhere: the weights of its encoder, or all of it as a program."""
+    from finetune.export import export_run
+
     done = export_run(run, out, overwrite=overwrite)
     for warning in done.warnings:
         errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
@@ -156,6 +163,8 @@ def _is_no_skipped_scan(record: logging.LogRecord) -> bool:
 
 
 def _show(bar: Bar, task: TaskID, progress: Progress) -> None:
+    from finetune.printing import progress_words
+
     notes = [f"epoch {min(progress.epoch + 1, progress.epochs)}/{progress.epochs}", *progress_words(progress)]
     notes += [f"{progress.scans_per_second:.1f} scans/s"] if progress.scans_per_second else []
     notes += [f"starved {progress.starved:.0%}"] if progress.scans_per_second else []
@@ -173,7 +182,9 @@ def main() -> None:
     except (ValueError, FileNotFoundError, NonFiniteLossError, OSError) as error:
         errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         errors.print(
             f"error: the GPU has not enough memory ({reason}); use a smaller --micro-batch, --checkpointing or --scale",

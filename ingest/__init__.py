@@ -1,7 +1,6 @@
 """NIfTI scans to a chunked Zarr store."""
 
-from ingest.run import ingest
-from ingest.settings import IngestSettings, IngestSummary
-from ingest.store import VolumeStore, open_store
+import lazy_loader
 
-__all__ = ["IngestSettings", "IngestSummary", "VolumeStore", "ingest", "open_store"]
+# The names are in __init__.pyi; each is imported when it is first asked for: torch and others take seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ingest.errors import StoreError
-from ingest.places import as_place
-from loaders.profile import Profile, profile_store
+
+if TYPE_CHECKING:
+    from loaders.profile import Profile
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Loading from a store."
@@ -49,6 +50,10 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say how fast a store can be read here, which stage limits it, and what would help."""
+    # Here and not above: torch takes seconds to import, and --help does not wait for it.
+    from ingest.places import as_place
+    from loaders.profile import profile_store
+
     try:
         found = profile_store(
             as_place(store), scans=scans, batch_size=batch_size, threads=threads, view=view, slices=slices,

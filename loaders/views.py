@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class View(StrEnum):
@@ -28,7 +30,7 @@ _AXES = {View.axial: 0, View.coronal: 1, View.sagittal: 2}  # of (z, y, x), acro
 Slices = int | Sequence[int] | Sequence[Sequence[int]]
 
 #: What a loader gives of a batch: pictures, or those of each plane.
-Images = torch.Tensor | tuple[torch.Tensor, ...]
+Images: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
 
 @dataclass(frozen=True)
@@ -196,5 +198,7 @@ def slices_of(images: torch.Tensor, view: str, slices: Slices) -> list[torch.Ten
 
 def cut(images: torch.Tensor, axis: int, positions: np.ndarray) -> torch.Tensor:
     """Return slices (scan, slice, height, width) of volumes (scan, z, y, x), across one of the axes (z, y, x)."""
+    import torch  # here and not above: it takes seconds, for which the command line's --help would wait
+
     index = torch.from_numpy(positions).to(images.device, non_blocking=True)  # else a GPU would be waited for
     return images.index_select(1 + axis, index).movedim(1 + axis, 1).flip(2)

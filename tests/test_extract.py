@@ -257,7 +257,7 @@ def test_ctrl_c_is_told_in_one_line(tmp_path, monkeypatch):
     def end(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("extract.cli.open_store", end)
+    monkeypatch.setattr("ingest.store.open_store", end)
     done = call(main, tmp_path / "s.zarr", tmp_path / "e.h5", "--overwrite")
     told = "interrupted; the same command goes on where it was\n"
     assert (done.returncode, done.stdout, done.stderr) == (130, "", told)

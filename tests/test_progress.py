@@ -183,8 +183,8 @@ def test_the_summary_says_what_was_left_from_before_of_a_store_of_any_name(tmp_p
             ingest.cli.main, "ingest.cli.simulate_cohort", "simulate new --participants 2",
             "; remove DIR, and run the same command again",
         ),
-        (finetune.cli.main, "finetune.cli.finetune", "s.zarr r", "; the same command goes on at the last checkpoint"),
-        (finetune.cli.main, "finetune.cli.predict_to", "predict s.zarr r p.csv", ""),
+        (finetune.cli.main, "finetune.run.finetune", "s.zarr r", "; the same command goes on at the last checkpoint"),
+        (finetune.cli.main, "finetune.predict.predict_to", "predict s.zarr r p.csv", ""),
         (
             finetune.cli.main, "finetune.curves.running.run_curve", "curve s.zarr c",
             "; the same command goes on where it was",

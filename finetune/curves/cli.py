@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from finetune.curves.files import PAGE
 from finetune.curves.settings import CurveSettings, make_curve_settings
-from finetune.curves.work import CurveProgress
 from finetune.options import Config, option_of, settings_from, with_settings
 from finetune.settings import read_settings
 from ingest.progress import progress_bar
+
+if TYPE_CHECKING:
+    from finetune.curves.work import CurveProgress
 
 console = Console()
 errors = Console(stderr=True)
@@ -55,6 +56,8 @@ def curve_command(
         "the command",
         named=_option_of,
     )  # fmt: skip
+    # Here and not above: torch takes seconds to import, and --help does not wait for it.
+    from finetune.curves.files import PAGE
     from finetune.curves.printing import cell_lines, print_curve
     from finetune.curves.running import run_curve
 

@@ -1,0 +1,13 @@
+from .augmentation import Augmentation as Augmentation
+from .dataset import Sample as Sample
+from .dataset import VolumeDataset as VolumeDataset
+from .errors import CorruptShardError as CorruptShardError
+from .errors import ShardError as ShardError
+from .errors import SlowReadError as SlowReadError
+from .loader import Batch as Batch
+from .loader import Loader as Loader
+from .opening import open_loader as open_loader
+from .reader import VolumeReader as VolumeReader
+from .timing import Timing as Timing
+from .views import View as View
+from .views import slices_of as slices_of
