@@ -227,7 +227,10 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
-def test_a_compiled_network_gives_the_same():
+def test_a_compiled_network_gives_the_same(monkeypatch):
+    # Half the time without vectors and headers that are compiled beforehand, for two small kernels.
+    monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)
+    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
     torch._dynamo.reset()
     network = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
     fold_batch_norms(network)
