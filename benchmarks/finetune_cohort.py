@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.results import Report, Result
 from extract.probing.bootstrap import draw_weights, percentile_interval, weighted_auc, weighted_pearson
+from extract.probing.numbers import SHORT_NAMES
 from extract.probing.results import OutOfFold, TargetResult
 from extract.probing.scores import auc, pearson
 from finetune import finetune
@@ -38,8 +39,6 @@ TUNED, FROZEN = "fine-tuned", "frozen probe"
 KNOWN, NULL = "known", "null"
 DRAWS = 2000
 LEAST_SEX_AUC = 0.98
-
-_UNITS = {"auc": "AUC", "r": "r"}
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def pretrain(store: VolumeStore, run_dir: Path, plan: Pretraining, tell: Callabl
     """Train on the cohort of a plan; a run that is there goes on, or is taken as it is."""
     settings = make_settings({"weights": "scratch", **plan.settings})
     result = finetune(store.path, run_dir, settings, report=False, on_progress=teller("pre-training", tell))
-    scores = ", ".join(f"{one.name} {_UNITS[one.metric]} {one.headline.score:.3f}" for one in result.test)
+    scores = ", ".join(f"{one.name} {SHORT_NAMES[one.metric]} {one.headline.score:.3f}" for one in result.test)
     tell(f"pre-trained on {result.people['train']} simulated people: {scores} of {result.people['test']} others")
     return result
 
@@ -239,7 +238,8 @@ def demonstrate(
     everything = [*compared[KNOWN], *compared[NULL]]
     results = [
         Result(
-            f"{one.name}, {way}", round(score.value, 4), _UNITS[one.metric], round(score.low, 4), round(score.high, 4),
+            f"{one.name}, {way}", round(score.value, 4), SHORT_NAMES[one.metric],
+            round(score.low, 4), round(score.high, 4),
             note=f"{one.people} people, chance {one.chance:g}",
         )
         for one in everything
@@ -321,8 +321,8 @@ def what_holds(known: list[Compared], null: list[Compared]) -> dict[str, bool]:
         if one.name == "sex":
             holds[f"sex AUC at least {LEAST_SEX_AUC:g}"] = one.tuned.value >= LEAST_SEX_AUC
         else:
-            holds[f"{one.name} {_UNITS[one.metric]} above the frozen probe's"] = one.gap.value > 0
-            holds[f"{one.name} {_UNITS[one.metric]} above it by an interval without 0"] = one.gap.low > 0
+            holds[f"{one.name} {SHORT_NAMES[one.metric]} above the frozen probe's"] = one.gap.value > 0
+            holds[f"{one.name} {SHORT_NAMES[one.metric]} above it by an interval without 0"] = one.gap.low > 0
     holds |= {f"interval of {one.name} holds chance": one.tuned.holds(one.chance) for one in null}
     return holds
 

@@ -23,13 +23,13 @@ import torch
 from benchmarks.finetune_cohort import Clock, Pretraining, prepare_cohort, pretrain
 from benchmarks.made import SHAPE
 from benchmarks.results import Report, Result
-from extract.writing import write_whole
+from extract.probing.numbers import SHORT_NAMES
 from finetune.batch_norm import SCANS
 from finetune.build import build_network, find_weights
 from finetune.curves import CurveProgress, CurveResult, CurveSettings, run_curve
 from finetune.curves.charts import curve_png
 from finetune.curves.results import TargetCurve
-from finetune.curves.words import METRICS, describe_state, describe_target
+from finetune.curves.words import describe_state, describe_target
 from finetune.evaluate import what_to_load
 from finetune.heads import Head
 from finetune.optimiser import make_optimiser
@@ -37,6 +37,7 @@ from finetune.settings import FinetuneSettings, make_settings
 from finetune.steps import plan_steps
 from ingest import ingest
 from ingest.store import VolumeStore, open_store, package_versions
+from ingest.writing import write_text_whole, write_whole
 from loaders.views import as_images, plan_picture
 
 REAL = "ds002748"
@@ -199,8 +200,8 @@ def make_curves(
     one = pretrained.test[0]
     start = (
         f"The weights are from a training for {one.name} on {pretrained.people['train']:,} simulated people, one alone "
-        f"({METRICS[one.metric]} {one.headline.score:.3f} of {one.participants:,} others): intervals tell nothing of "
-        "how others of its kind would do."
+        f"({SHORT_NAMES[one.metric]} {one.headline.score:.3f} of {one.participants:,} others): intervals tell nothing "
+        "of how others of its kind would do."
     )
     return curves, {name: [start, *_words(result)] for name, result in curves}
 
@@ -274,7 +275,7 @@ def _teller(curve: CurvePlan, tell: Callable[[str], None]) -> Callable[[CurvePro
         found = progress.result
         if found is None:
             return
-        scores = ", ".join(f"{METRICS[one.metric]} {one.scores[one.metric]:.3f}" for one in found.targets)
+        scores = ", ".join(f"{SHORT_NAMES[one.metric]} {one.scores[one.metric]:.3f}" for one in found.targets)
         what = scores or f"{found.status}: {found.reason}"
         tell(f"{curve.name}, {progress.done} of {progress.total}: {found.cell}: {what}, {found.seconds:.0f} s")
 
@@ -288,7 +289,7 @@ def _report(
     results = [
         Result(
             f"{name}, {curve.name}, {point.method}, {point.size} people", round(point.estimate.score, 4),
-            METRICS[curve.metric], round(point.estimate.low, 4),
+            SHORT_NAMES[curve.metric], round(point.estimate.low, 4),
             round(point.estimate.high, 4), note=f"{point.estimate.seeds} seeds, {curve.people} people tested",
         )
         for name, result in curves
@@ -327,4 +328,4 @@ def write_words(transfer: Transfer, path: Path) -> None:
     for name, sentences in transfer.words.items():
         parts += [f"## {name}", "\n".join(f"* {sentence}" for sentence in sentences)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
+    write_text_whole(path, "\n\n".join(parts) + "\n")

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from extract.formats import DAMAGE
-from extract.writing import write_whole
 from ingest.errors import StoreError
+from ingest.writing import write_text_whole, write_whole
 
 _BATCHES, _SCANS = 8, 512  # of a block, at most: what a kill may cost, and what GPUs can share
 _SETTINGS = "settings.json"
@@ -89,7 +89,7 @@ def start_parts(parts: Path, settings: Mapping[str, Any]) -> None:
     parts.mkdir(exist_ok=True)
     for temporary in parts.glob(".*.tmp"):
         temporary.unlink()
-    write_whole(parts / _SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2)))
+    write_text_whole(parts / _SETTINGS, json.dumps(settings, indent=2))
 
 
 def remove_parts(parts: Path) -> int:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from extract.errors import WeightsUnavailableError, is_out_of_memory
-from ingest.interruption import GOES_ON, told_interruption
+from extract.errors import WEIGHTS_UNAVAILABLE, WeightsUnavailableError, is_out_of_memory
+from ingest.command import GOES_ON, run_app
+from ingest.consoles import errors, print_line
 from ingest.progress import progress_bar
 from loaders.views import View
 
@@ -22,13 +23,8 @@ if TYPE_CHECKING:
     from extract.resume import ExtractSummary
     from extract.timing import Timing
 
-#: Exit code when weights cannot be had, so that a script can go on with others.
-WEIGHTS_UNAVAILABLE = 3
-
 _SHOWN_SKIPPED = 20
 
-console = Console()
-errors = Console(stderr=True)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -111,7 +107,7 @@ def extract_command(
         if encoder.weights.trained is None:  # others were trained on what they see, or differ, which is said
             told += about_pictures(encoder.model, sizes)
         for warning in told if group.rank == 0 else []:
-            errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+            print_line(f"warning: {warning}", errors)
         logging.getLogger("loaders").addFilter(_is_no_skipped_scan)
         name = "extract" if group.size == 1 else f"extract (process 1 of {group.size})"
         with progress_bar(name, errors if group.rank == 0 else Console(quiet=True)) as progress:
@@ -151,15 +147,15 @@ def _print_summary(out: Path, encoder: Encoder, summary: ExtractSummary, *, as_j
     speed = summary.embedded / summary.seconds
     simulated = summary.attrs["simulated"]
     for row, reason in list(summary.skipped.items())[:_SHOWN_SKIPPED]:
-        errors.print(f"skipped: row {row}: {reason}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"skipped: row {row}: {reason}", errors)
     if summary.skipped:
         more = len(summary.skipped) - _SHOWN_SKIPPED
-        errors.print(
+        print_line(
             (f"... and {more} more; " if more > 0 else "")
             + f"{len(summary.skipped)} scans are left out; repair them with ingest verify STORE --against SRC "
             "--repair, then run the same command again",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+            errors,
+        )
     if as_json:
         document = {
             "scans": summary.scans,
@@ -180,38 +176,26 @@ def _print_summary(out: Path, encoder: Encoder, summary: ExtractSummary, *, as_j
         print(json.dumps(document))
         return
     new = "" if summary.embedded == summary.scans else f", {summary.embedded} of them new"
-    console.print(
+    print_line(
         f"{out}: {summary.scans} scans x {summary.features} features, {encoder.model}, {encoder.weights.name} weights, "
         f"{encoder.view} view, in {summary.seconds:.1f} s ({speed:.1f} scans/s){new}"
         + ("" if encoder.precision == "float32" else f", {encoder.precision}")
-        + (", simulated data" if simulated else ""),
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        + (", simulated data" if simulated else "")
     )
     if summary.embedded:
-        console.print(summary.timing.in_words(), soft_wrap=True, highlight=False, markup=False)
+        print_line(summary.timing.in_words())
 
 
 def main() -> None:
     """Run the command; expected failures are one line on stderr and exit code 1, or 3 if weights cannot be had."""
+    after_ctrl_c = {"run": GOES_ON.format("")}  # with --overwrite, too
     try:
-        with told_interruption(errors, {"run": GOES_ON.format("")}):  # with --overwrite, too
-            app()
-    except WeightsUnavailableError as error:
-        errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(WEIGHTS_UNAVAILABLE)
+        run_app(app, after_ctrl_c, codes={WeightsUnavailableError: WEIGHTS_UNAVAILABLE})
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
-        errors.print(f"error: {reason}; use a smaller --batch-size", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(1)
-    except OSError as error:
-        errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(1)
-    except ValueError as error:
-        errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"error: {reason}; use a smaller --batch-size", errors)
         sys.exit(1)
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 
 from extract.checks import as_numbers, check_features_to_write, check_tables, check_tables_to_write
-from extract.exchange import remove, take_place, temporary_name
 from extract.formats import DAMAGE, KINDS
 from extract.tables import Features, Tables, flat_names
-from extract.writing import behind_link, is_full, not_written, sync
 from ingest.errors import StoreError
+from ingest.exchange import remove, take_place, temporary_name
 from ingest.people import participant_key
 from ingest.store import check_format
+from ingest.writing import behind_link, is_full, not_written, sync
 
 FORMAT = "brain-embeddings"
 FORMAT_VERSION = 1

@@ -17,10 +17,11 @@ from extract.fast import choose_precision, compile_network, exact_float32
 from extract.fold import fold_batch_norms, pool_before_relu
 from extract.fuse import can_fuse, fuse_blocks
 from extract.grey import collapse_to_grey
-from extract.inputs import as_crop, as_size, as_slices, pictures_of, resize, slices_to_load, target_size
+from extract.inputs import as_crop, as_size, pictures_of, resize, slices_to_load, target_size
 from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_slices
 from extract.models import check_picture, family_of, make_network
 from extract.weights import Weights, find_checkpoint, load_weights, sha256_of_parameters
+from loaders.checks import as_whole
 from loaders.views import Images, View, as_images, each
 
 #: Of what lies between stored voxels and features: to be raised with every change after which the same settings give
@@ -245,7 +246,7 @@ def build_encoder(
         crop = trained.crop if crop is None else crop
         if size is None and scale is None:
             size, scale = trained.size, trained.scale
-    slices, scale = as_slices(3 if slices is None else slices), 1.0 if scale is None else scale
+    slices, scale = as_whole("slices", 3 if slices is None else slices, 1), 1.0 if scale is None else scale
     solid = family.axes == 3
     if view is None:
         view = View.volume if solid else View.triplanar

@@ -1,5 +1,8 @@
 """What may go wrong with weights, and on a GPU."""
 
+#: Exit code when weights cannot be had, so that a script can go on with others.
+WEIGHTS_UNAVAILABLE = 3
+
 
 class WeightsUnavailableError(RuntimeError):
     """Weights that cannot be had; the message says what to do."""

@@ -34,17 +34,6 @@ def as_crop(crop: Sequence[int] | None) -> tuple[int, int, int] | None:
     return z, y, x
 
 
-def as_slices(slices: int) -> int:
-    """Return a number of slices; ValueError if it is something else."""
-    try:
-        number = operator.index(slices)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"slices is {slices!r}, expected a whole number, 1 or more")
-    return number
-
-
 def as_size(size: int | Sequence[int] | None, axes: int) -> tuple[int, ...] | None:
     """Return a size as one number for each axis of a picture.
 

@@ -28,14 +28,14 @@ from extract.blocks import (
 from extract.distributed import Group
 from extract.embeddings import check_replaceable, check_suffix, read_tables
 from extract.encoder import Encoder, describe
-from extract.exchange import remove_unfinished
 from extract.run import encode, fitting_batch_size, provenance, scans_table, wanted_rows
 from extract.timing import Timing, add_up
-from extract.writing import behind_link
 from ingest.errors import StoreError
+from ingest.exchange import remove_unfinished
 from ingest.lock import store_lock
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, unchanged
+from ingest.writing import behind_link
 from loaders.opening import choose_backend
 
 

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 
 from extract.checkpoints import BEST, FORMAT, load_content
-from extract.checkpoints import LAST as LAST
 from extract.errors import WeightsUnavailableError
 from extract.weights import Weights
-from extract.writing import write_whole
 from finetune.errors import ANEW
 from finetune.heads import Head
 from finetune.network import Input, ScanNetwork
 from finetune.settings import FinetuneSettings, make_settings
 from ingest.errors import StoreError
+from ingest.writing import write_whole
 from loaders.views import View
 
 VERSION = 1

@@ -13,20 +13,17 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from extract.cli import WEIGHTS_UNAVAILABLE
-from extract.errors import WeightsUnavailableError, is_out_of_memory
+from extract.errors import WEIGHTS_UNAVAILABLE, WeightsUnavailableError, is_out_of_memory
 from finetune.curves.cli import curve_command
 from finetune.errors import NonFiniteLossError
 from finetune.options import Config, settings_from, with_settings
+from ingest.command import GOES_ON, run_app
+from ingest.consoles import console, errors, print_line
 from ingest.default_command import RunByDefault
-from ingest.interruption import GOES_ON, told_interruption
 from ingest.progress import progress_bar
 
 if TYPE_CHECKING:
     from finetune.run import Progress
-
-console = Console()
-errors = Console(stderr=True)
 
 #: What to do after Ctrl-C, by command.
 _AFTER_CTRL_C = {
@@ -147,11 +144,11 @@ def export_command(
 
     done = export_run(run, out, overwrite=overwrite)
     for warning in done.warnings:
-        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"warning: {warning}", errors)
     if as_json:
         print(json.dumps({"path": str(done.path), **done.description, "warnings": list(done.warnings)}))
     else:
-        console.print(done.in_words(), soft_wrap=True, highlight=False, markup=False)
+        print_line(done.in_words())
 
 
 app.command("curve")(curve_command)
@@ -174,22 +171,13 @@ def _show(bar: Bar, task: TaskID, progress: Progress) -> None:
 def main() -> None:
     """Run the command; expected failures are one line on stderr and exit code 1, or 3 if weights cannot be had."""
     try:
-        with told_interruption(errors, _AFTER_CTRL_C):
-            app()
-    except WeightsUnavailableError as error:
-        errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(WEIGHTS_UNAVAILABLE)
-    except (ValueError, FileNotFoundError, NonFiniteLossError, OSError) as error:
-        errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(1)
+        run_app(app, _AFTER_CTRL_C, codes={WeightsUnavailableError: WEIGHTS_UNAVAILABLE, NonFiniteLossError: 1})
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
-        errors.print(
-            f"error: the GPU has not enough memory ({reason}); use a smaller --micro-batch, --checkpointing or --scale",
-            style="red", soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+        what = f"the GPU has not enough memory ({reason}); use a smaller --micro-batch, --checkpointing or --scale"
+        print_line(f"error: {what}", errors)
         sys.exit(1)
 
 

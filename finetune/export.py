@@ -15,7 +15,6 @@ from torch import nn
 
 from extract.checkpoints import FORMAT, NOTE
 from extract.errors import WeightsUnavailableError
-from extract.writing import check_writable, write_whole
 from finetune.build import check_volumes
 from finetune.checkpoints import LoadedRun, checkpoint_of, load_run
 from finetune.heads import Head
@@ -24,6 +23,7 @@ from finetune.predict import unfinished
 from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.store import package_versions
+from ingest.writing import check_writable, write_whole
 
 #: In the archive of a program, what goes in and what comes out.
 DESCRIPTION = "brain-volumes.json"

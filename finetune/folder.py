@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from extract.writing import write_whole
-from finetune.checkpoints import BEST, LAST, read_last, write_checkpoint
+from extract.checkpoints import BEST, LAST
+from finetune.checkpoints import read_last, write_checkpoint
 from finetune.errors import ANEW
 from finetune.logs import TENSORBOARD
 from finetune.results import EPOCHS, PREDICTIONS, REPORT, RESULTS, SETTINGS, SPLIT
 from finetune.settings import FinetuneSettings, make_settings, read_settings
 from finetune.split import Split, read_split, write_split
 from ingest.errors import StoreError
+from ingest.writing import write_text_whole
 
 #: What may be another when a run goes on: none of it is about what is learnt. With dropout, and batch norms that are
 #: trained, other micro-batches draw and average otherwise; the rest changes no more than the last digits.
@@ -74,7 +75,7 @@ def begin_folder(run_dir: Path, settings: FinetuneSettings, split: Split, *, ove
         for name in _FILES:
             (run_dir / name).unlink(missing_ok=True)
         shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
-    write_whole(run_dir / SETTINGS, lambda temporary: temporary.write_text(settings.to_yaml(), encoding="utf-8"))
+    write_text_whole(run_dir / SETTINGS, settings.to_yaml())
     write_split(run_dir / SPLIT, split)
 
 

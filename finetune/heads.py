@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, softmax
 
 from extract.probing.targets import CLASSIFICATIONS, Target
 
@@ -88,14 +89,13 @@ class Head:
         """
         x = outputs.astype(np.float64)
         if self.task == "binary":
-            positive = _sigmoid(x[:, 0])
+            positive = expit(x[:, 0])
             return np.stack([1 - positive, positive], axis=1)
         if self.task == "multiclass":
-            exponents = np.exp(x - x.max(axis=1, keepdims=True))
-            shares: np.ndarray = exponents / exponents.sum(axis=1, keepdims=True)
+            shares: np.ndarray = softmax(x, axis=1)
             return shares
         if self.task == "ordinal":
-            expected: np.ndarray = self.levels[0] + _sigmoid(x) @ np.diff(self.levels)
+            expected: np.ndarray = self.levels[0] + expit(x) @ np.diff(self.levels)
             return expected
         values = x[:, 0] * self.std + self.mean
         return np.maximum(np.expm1(np.clip(values, -1, 700)), 0.0) if self.task == "count" else values
@@ -160,7 +160,3 @@ def make_head(target: Target, train: np.ndarray, *, balanced: bool = False) -> H
         typical = float(values.mean())
         return Head(name, task, (), target.units, len(levels) - 1, typical=typical, levels=tuple(levels.tolist()))
     return Head(name, task, (), target.units, 1, float(scaled.mean()), float(scaled.std()), float(values.mean()))
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))  # overflows nowhere

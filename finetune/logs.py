@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from extract.writing import write_whole
+from ingest.writing import write_whole
 
 TENSORBOARD = "tensorboard"
 

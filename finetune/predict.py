@@ -12,25 +12,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from extract.checkpoints import BEST, LAST
 from extract.encoder import choose_device
 from extract.fast import choose_precision, exact_float32, memory_for, scans_at_a_time
 from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import collapse_to_grey
 from extract.inputs import resize, target_size
-from extract.probing.apply import check_table_suffix
+from extract.probing.apply import check_table_suffix, write_predictions
 from extract.trained import other_store, same_store
-from extract.writing import check_writable
 from finetune.build import check_volumes
-from finetune.checkpoints import BEST, LAST, LoadedRun, load_run
+from finetune.checkpoints import LoadedRun, load_run
 from finetune.cohort import some_rows
 from finetune.evaluate import Outputs, predict_rows, what_to_load
 from finetune.network import ScanNetwork
-from finetune.predictions import prediction_table, write_table
+from finetune.predictions import prediction_table
 from finetune.results import RESULTS, SETTINGS, SPLIT
 from finetune.split import PARTS, UNUSED, read_split
 from ingest.errors import StoreError
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, unchanged
+from ingest.writing import check_writable
 from loaders.views import Images, View, plan_picture
 
 
@@ -159,7 +160,7 @@ def predict_to(
     if part is not None:
         table.insert(1, "part", part)
     table.attrs.update(_provenance(run, loaded, volumes))
-    write_table(out, table)
+    write_predictions(out, table)
     warnings = [*unfinished(run, loaded), *other_store(loaded.attrs, volumes)]
     known = (
         {} if part is None else {name: int((part == name).sum()) for name in (*PARTS, UNUSED) if (part == name).any()}

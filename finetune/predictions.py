@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from extract.probing.apply import as_predictions, prediction_columns, write_predictions
+from extract.probing.apply import as_predictions, prediction_columns
 from extract.probing.targets import Target
 from finetune.evaluate import Outputs
 from finetune.heads import Head
@@ -80,8 +79,3 @@ def predicted_of(table: pd.DataFrame, head: Head) -> np.ndarray:
     if head.labels:
         return table[[f"{head.name}={label}" for label in head.labels]].to_numpy(np.float64)
     return table[head.name].to_numpy(np.float64)
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table of predictions as .parquet or .csv, by the name's ending; StoreError if it cannot be written."""
-    write_predictions(path, table)

@@ -12,13 +12,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from extract.probing.numbers import in_digits
+from extract.probing.numbers import SHORT_NAMES, finite, in_digits
 from extract.probing.results import TargetResult
 from finetune.predict import Predicted
 from finetune.results import REPORT, RunResult
 from finetune.run import Progress
+from ingest.consoles import print_line
 
-_NAMES = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
 _SHOWN_SKIPPED = 20
 _SHOWN_SCORES = 4
 _WIDE = 120  # columns
@@ -45,7 +45,7 @@ def epoch_lines(errors: Console) -> Callable[[Progress], None]:
         seconds = (time.monotonic() - begun) / (progress.step - first + 1) * (progress.steps - progress.step)
         left = [f"{timedelta(seconds=round(seconds))} left"] if seconds else []
         line = ", ".join([epoch, *progress_words(progress), speed, *left])
-        errors.print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(line, errors)
 
     return tell
 
@@ -53,15 +53,15 @@ def epoch_lines(errors: Console) -> Callable[[Progress], None]:
 def print_result(result: RunResult, console: Console, errors: Console, *, as_json: bool) -> None:
     """Print the scores of a run, or everything as JSON; scans that were left out go to stderr."""
     for warning in result.warnings:
-        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"warning: {warning}", errors)
     _print_skipped(result.skipped, errors)
     if as_json:
-        print(json.dumps(_finite(result.to_json())))
+        print(json.dumps(finite(result.to_json())))
         return
     if not console.is_terminal:  # a file, which may be as wide as the table
         console = Console(file=console.file, width=max(console.width, _WIDE))
     people = ", ".join(f"{count:,} for {part}" for part, count in result.people.items())
-    console.print(f"{result.run_dir}: {people}", soft_wrap=True, highlight=False, markup=False)
+    print_line(f"{result.run_dir}: {people}", console)
     how = f"epoch {result.best_epoch} of {result.epochs}" + (", stopped early" if result.stopped == "early" else "")
     speed = f"{result.scans_per_second:.1f} scans/s, waiting for scans {result.starved:.0%} of the time"
     console.print(f"best {how}; {result.steps} steps in {result.seconds:.0f} s, {speed}", highlight=False)
@@ -71,24 +71,24 @@ def print_result(result: RunResult, console: Console, errors: Console, *, as_jso
     for one, validation in zip(result.test, result.validation, strict=True):
         _add_rows(table, one, validation)
     console.print(table, highlight=False)
-    console.print(f"report: {result.run_dir / REPORT}", soft_wrap=True, highlight=False, markup=False)
+    print_line(f"report: {result.run_dir / REPORT}", console)
 
 
 def print_predicted(done: Predicted, console: Console, errors: Console, *, as_json: bool) -> None:
     """Print what was predicted, or as JSON; warnings and scans that were left out go to stderr."""
     for warning in done.warnings:
-        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"warning: {warning}", errors)
     _print_skipped(done.skipped, errors)
     if as_json:
         print(json.dumps(done.to_json()))
         return
-    console.print(
+    print_line(
         f"{done.path}: {done.scans:,} scans x {len(done.targets)} targets ({', '.join(done.targets)}), in "
         f"{done.seconds:.1f} s ({done.scans_per_second:.1f} scans/s)"
         + ("" if done.precision == "float32" else f", {done.precision}")
         + _simulated(done),
-        soft_wrap=True, highlight=False, markup=False,
-    )  # fmt: skip
+        console,
+    )
 
 
 def _simulated(done: Predicted) -> str:
@@ -100,7 +100,7 @@ def _simulated(done: Predicted) -> str:
 
 def _print_skipped(skipped: dict[int, str], errors: Console) -> None:
     for row, reason in list(skipped.items())[:_SHOWN_SKIPPED]:
-        errors.print(f"skipped: row {row}: {reason}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"skipped: row {row}: {reason}", errors)
     if len(skipped) > _SHOWN_SKIPPED:
         errors.print(f"skipped: {len(skipped) - _SHOWN_SKIPPED} more scans", highlight=False)
 
@@ -114,13 +114,6 @@ def _add_rows(table: Table, one: TargetResult, validation: TargetResult) -> None
         beside = validation.metrics.get(name)
         shown = "" if beside is None else in_digits(beside.score, name)
         ends = "" if np.isnan(found.low) else f"{in_digits(found.low, name)} to {in_digits(found.high, name)}"
-        table.add_row(*first, _NAMES[name], in_digits(found.score, name), ends, in_digits(found.chance, name), shown)
-
-
-def _finite(value: object) -> object:
-    """Return a document with None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+        table.add_row(
+            *first, SHORT_NAMES[name], in_digits(found.score, name), ends, in_digits(found.chance, name), shown
+        )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from extract.probing.calibration import probability_calibration_plot, value_calibration_plot
+from extract.probing.numbers import in_time
 from extract.probing.page import (
     ABSENT,
     last_component,
@@ -169,19 +170,12 @@ def _summary(result: RunResult, run: LoadedRun) -> list[tuple[str, str]]:
         ("Began with", f"{_weights(run)} weights" if _weights(run) != ABSENT else ABSENT),
         ("Epochs", f"{result.epochs:,} ({result.steps:,} steps){ended}"),
         ("Best epoch", f"{result.best_epoch:,}"),
-        ("Training took", _duration(result.seconds)),
+        ("Training took", in_time(result.seconds)),
         ("Speed", f"{result.scans_per_second:.3g} scans/s, {100 * result.starved:.0f} % of it waiting for scans"),
     ]
 
 
 _PARTS = {"train": "to train on", "validation": "to validate", "test": "to test"}
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _courses(result: RunResult) -> list[Picture]:

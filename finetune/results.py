@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from extract.probing.results import Interval, OutOfFold, TargetResult
-from extract.writing import write_whole
 from finetune.errors import ANEW
 from finetune.heads import Head
 from finetune.predictions import predicted_of, truth_of
+from ingest.writing import write_text_whole
 
 RESULTS, PREDICTIONS, SPLIT, SETTINGS, EPOCHS, REPORT = (
     "results.json", "predictions.parquet", "split.csv", "settings.yaml", "epochs.csv", "report.html",
@@ -91,7 +91,7 @@ def write_result(result: RunResult) -> None:
     for part in ("test", "validation"):
         document[part] = [asdict(replace(one, out_of_fold=None, fold_scores={})) for one in document[part]]
     text = json.dumps(document, indent=1)  # NaN stays NaN, which Python reads again
-    write_whole(result.run_dir / RESULTS, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    write_text_whole(result.run_dir / RESULTS, text + "\n")
 
 
 def read_result(run_dir: str | Path, heads: list[Head]) -> RunResult:

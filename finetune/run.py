@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from extract.checkpoints import BEST, LAST
 from extract.distributed import Group, named_death
 from extract.fast import memory_for
+from extract.probing.apply import write_predictions
 from finetune.batch_norm import choose_scans, update_statistics
 from finetune.build import (
     build_network,
@@ -24,13 +26,12 @@ from finetune.build import (
     resolved_of,
     without_effect,
 )
-from finetune.checkpoints import BEST, LAST, checkpoint_of, load_run, write_checkpoint
+from finetune.checkpoints import checkpoint_of, load_run, write_checkpoint
 from finetune.cohort import read_cohort
 from finetune.evaluate import Outputs
-from finetune.folder import FREE as FREE
 from finetune.folder import begin_folder, check_folder, existing, leave_weights, remove_half_written
 from finetune.logs import TENSORBOARD, Log, tensorboard, write_epochs
-from finetune.predictions import TRUE, prediction_table, true_column, write_table
+from finetune.predictions import TRUE, prediction_table, true_column
 from finetune.results import (
     EPOCHS,
     PREDICTIONS,
@@ -343,7 +344,7 @@ def _finish(training: Training, volumes: VolumeStore, run_dir: Path, attrs: dict
             for head, target in zip(network.heads_info, cohort.targets, strict=True):
                 table[f"{TRUE}{head.name}"] = true_column(head, target.values[at])
             tables.append(table)
-        write_table(run_dir / PREDICTIONS, pd.concat(tables, ignore_index=True))
+        write_predictions(run_dir / PREDICTIONS, pd.concat(tables, ignore_index=True))
         write_result(result)
         leave_weights(run_dir / LAST)
     return result

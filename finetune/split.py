@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from extract.probing.folds import limit_people
-from extract.writing import write_whole
 from ingest.people import participant_key
+from ingest.writing import write_whole
 
 PARTS = ("train", "validation", "test")
 UNUSED = "unused"  # of the training part, but ``train_people`` are enough without them

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +12,14 @@ import typer
 from dask.utils import parse_bytes
 from rich.logging import RichHandler
 
+from ingest.command import GOES_ON, run_app
+from ingest.consoles import errors, print_line
 from ingest.default_command import RunByDefault
 from ingest.dictionary import VARIABLES
-from ingest.errors import ObjectStoreError, SchedulerError
 from ingest.inspection import summarise_store
-from ingest.interruption import GOES_ON, told_interruption
 from ingest.layouts import Layout
 from ingest.places import Place, as_place
 from ingest.printing import (
-    console,
-    errors,
     print_dictionary,
     print_ingest,
     print_report,
@@ -286,7 +283,7 @@ def simulate_command(
         print(json.dumps({"directory": str(directory), "scans": scans, "participants": participants, "seed": seed}))
         return
     done = f"{directory}: {scans} scans of {participants} simulated participants"
-    console.print(done, soft_wrap=True, highlight=False, markup=False)
+    print_line(done)
 
 
 def _parse_rows(text: str) -> list[int]:
@@ -327,9 +324,4 @@ def main() -> None:
     # Warnings and errors: dask tells of everything that it does.
     handler = RichHandler(logging.WARNING, console=errors, show_time=False, show_path=False)
     logging.basicConfig(format="%(message)s", handlers=[handler])
-    try:
-        with told_interruption(errors, _AFTER_CTRL_C):
-            app()
-    except (ValueError, ObjectStoreError, SchedulerError, OSError) as error:
-        errors.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(1)
+    run_app(app, _AFTER_CTRL_C)

@@ -7,6 +7,8 @@ threads that pass the lock to and fro that often are slower than a single one (6
 
 from __future__ import annotations
 
+import threading
+
 import google_crc32c
 import numba
 import numpy as np
@@ -142,3 +144,10 @@ def _decode_shard_compiled(content: np.ndarray, slab: int, out: np.ndarray) -> N
 
 #: The decoder that readers use, with the parameters of `decode_shard_slowly`.
 decode_shard = _decode_shard_compiled if COMPILED else decode_shard_slowly
+
+
+class VolumePerThread(threading.local):
+    """Memory to decode into, ``volume``: uint8 (z, y, x), of each thread its own."""
+
+    def __init__(self, shape_zyx: tuple[int, int, int]) -> None:
+        self.volume = np.empty(shape_zyx, np.uint8)

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from ingest.consoles import console, errors, print_line
 from ingest.dictionary import Variable
 from ingest.inspection import StoreSummary
 from ingest.report import ReportSummary
@@ -20,9 +21,6 @@ _SHOWN_FAILURES = 20
 
 _NO_END = 100_000  # columns
 
-console = Console()
-errors = Console(stderr=True)
-
 
 def print_ingest(summary: IngestSummary, out: str) -> None:
     """Print what a run did; failures and warnings go to stderr."""
@@ -32,28 +30,25 @@ def print_ingest(summary: IngestSummary, out: str) -> None:
         done += f", {summary.left} left from before"
     if summary.new < summary.scans:
         counts += f"; {done}"
-    console.print(
+    print_line(
         f"{out}: {summary.scans} scans ({counts}) in {summary.seconds:.1f} s, "
         f"{summary.volumes_per_second:.1f} volumes/s"
         + (f", {decimal(summary.bytes)} read" if summary.bytes else "")
-        + (", simulated data" if summary.simulated else ""),
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        + (", simulated data" if summary.simulated else "")
     )
     for source, status, reason in summary.failures[:_SHOWN_FAILURES]:
-        errors.print(f"{status}: {source}: {reason}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"{status}: {source}: {reason}", errors)
     if len(summary.failures) > _SHOWN_FAILURES:
         more = f"... and {len(summary.failures) - _SHOWN_FAILURES} more; see the column scans/error of {out}"
-        errors.print(more, soft_wrap=True, highlight=False, markup=False)
+        print_line(more, errors)
     for warning in summary.warnings:
-        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"warning: {warning}", errors)
 
 
 def print_store(summary: StoreSummary, store: str) -> None:
     """Print what is in a store."""
     depth, height, width = summary.grid["shape_zyx"]
-    console.print(str(store), soft_wrap=True, highlight=False, markup=False)
+    print_line(str(store))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("grid", f"{width} x {height} x {depth} voxels (x, y, z) of {summary.grid['voxel_mm']:g} mm, RAS")
     table.add_row("space", summary.grid["space"])
@@ -90,12 +85,9 @@ def print_verify(report: VerifyReport, store: str) -> None:
     """Print what was checked, and the first findings."""
     compared = f", {report.compared} compared with their source" if report.compared else ""
     repaired = f", {report.repaired} repaired" if report.repaired else ""
-    console.print(
+    print_line(
         f"{store}: {report.scans} scans, {report.checked} volumes checked{compared} in {report.seconds:.1f} s "
-        f"({report.bytes / 1e9 / max(report.seconds, 1e-3):.2f} GB/s); {len(report.findings)} findings{repaired}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"({report.bytes / 1e9 / max(report.seconds, 1e-3):.2f} GB/s); {len(report.findings)} findings{repaired}"
     )
     if not report.findings:
         return
@@ -112,39 +104,30 @@ def print_verify(report: VerifyReport, store: str) -> None:
 
 def print_report(summary: ReportSummary) -> None:
     """Print what a page shows; damaged scans go to stderr."""
-    console.print(
+    print_line(
         f"{summary.report}: {summary.scans} scans, {summary.outlier_scans} outliers, {summary.pictures} pictures, "
-        f"{summary.bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"{summary.bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s"
     )
     for outlier in summary.outliers:
-        console.print(f"  {outlier.source}: {outlier.why}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"  {outlier.source}: {outlier.why}")
     if summary.outlier_scans > len(summary.outliers):
         console.print(f"  ... and {summary.outlier_scans - len(summary.outliers)} more in the page", highlight=False)
     for row, source, reason in summary.reasons[:_SHOWN_FAILURES]:
-        errors.print(f"damaged: row {row}, {source}: {reason}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"damaged: row {row}, {source}: {reason}", errors)
     if summary.damaged > _SHOWN_FAILURES:
         errors.print(f"... and {summary.damaged - _SHOWN_FAILURES} more in the page", highlight=False)
 
 
 def print_withdrawal(record: AuditRecord) -> None:
     """Print what was removed; it names nobody."""
-    console.print(
-        f"{record.date}: {record.people_on_list} people on {record.list_name} (sha256 {record.list_sha256[:16]})",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+    print_line(
+        f"{record.date}: {record.people_on_list} people on {record.list_name} (sha256 {record.list_sha256[:16]})"
     )
     for removal in record.removals:
-        console.print(
+        print_line(
             f"{removal.store}: removed {removal.people} people, {removal.scans} scans, "
-            f"{removal.bytes_deleted / 1e6:,.1f} MB of {removal.kind}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
+            f"{removal.bytes_deleted / 1e6:,.1f} MB of {removal.kind}"
         )
     console.print("Make reports that show brains again, and look for copies elsewhere.", highlight=False)
     for warning in record.warnings:
-        errors.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        print_line(f"warning: {warning}", errors)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields
@@ -18,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ingest.checks import error_text
-from ingest.decode import decode_shard
+from ingest.decode import VolumePerThread, decode_shard
 from ingest.errors import StoreError
 from ingest.outliers import Cohort, compare_scans
 from ingest.pictures import montage_webp, picture_order
@@ -28,6 +25,7 @@ from ingest.replacing import check_own_page, check_page_suffix
 from ingest.report_page import PAGE_BYTES, render_page
 from ingest.shard import shard_path
 from ingest.store import VolumeStore, open_store
+from ingest.writing import check_writable, write_whole
 
 _BATCH = 1024  # scans handed to the threads at once: their results stay few
 _PICTURE_BATCH = 64
@@ -85,13 +83,6 @@ class ReportSummary:
         return asdict(self)
 
 
-class _Buffers(threading.local):
-    """One decoded volume per thread."""
-
-    def __init__(self, shape_zyx: tuple[int, int, int]) -> None:
-        self.volume = np.empty(shape_zyx, np.uint8)
-
-
 def write_report(
     store: str | Place,
     page: Path,
@@ -132,19 +123,17 @@ def write_report(
         or has another ending, another file has its name, or people were withdrawn from the store meanwhile.
     """
     started = time.perf_counter()
-    if page.is_dir():
-        raise StoreError(f"{page} is a folder, expected the name of an HTML file; choose another one")
     opened = open_store(store)
     present = opened.ok_rows
     _check_rows(opened, rows)
     check_page_suffix(page)
     check_own_page(page, "ingest report")
-    _make_folder(page)
+    check_writable(page)  # before minutes are spent on what goes into it
     threads = threads or min(8, len(os.sched_getaffinity(0)))
     most_pictures = min(len(present), page_bytes // _TYPICAL_PICTURE_BYTES)
     if on_plan:
         on_plan(len(present) + most_pictures)
-    buffers = _Buffers(opened.grid.shape_zyx)
+    buffers = VolumePerThread(opened.grid.shape_zyx)
     with ThreadPoolExecutor(threads) as pool:
         cohort, damaged = _measure(opened, pool, buffers, on_scan)
         readable = np.setdiff1d(present, list(damaged))
@@ -152,7 +141,7 @@ def write_report(
         pictures = _draw(opened, order, pool, buffers, on_scan)
         text, picture_count = render_page(opened, cohort, damaged, pictures, page_bytes=page_bytes)
     content = text.encode("utf-8", errors="replace")  # file names may be no UTF-8
-    _write(page, content)
+    write_whole(page, lambda temporary: temporary.write_bytes(content))
     if not _is_still_true(opened):
         page.unlink(missing_ok=True)
         raise StoreError(
@@ -182,7 +171,7 @@ def _check_rows(store: VolumeStore, rows: Sequence[int]) -> None:
 
 
 def _measure(
-    store: VolumeStore, pool: ThreadPoolExecutor, buffers: _Buffers, on_scan: Callable[[int], None] | None
+    store: VolumeStore, pool: ThreadPoolExecutor, buffers: VolumePerThread, on_scan: Callable[[int], None] | None
 ) -> tuple[Cohort, dict[int, str]]:
     """Measure all volumes and compare them; return also the rows that could not be read, with the reason."""
     present = store.ok_rows.tolist()
@@ -228,7 +217,7 @@ def _draw(
     store: VolumeStore,
     order: Sequence[int],
     pool: ThreadPoolExecutor,
-    buffers: _Buffers,
+    buffers: VolumePerThread,
     on_scan: Callable[[int], None] | None,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (row, picture), reading ahead only a little: whoever takes them stops when the page is full."""
@@ -256,32 +245,6 @@ def _is_still_true(store: VolumeStore) -> bool:
         return False
     withdrawn, were = ((scans["status"] == "withdrawn").to_numpy() for scans in (now.scans, store.scans))
     return now.attrs.get("store_id") == store.attrs.get("store_id") and not (withdrawn[: len(were)] & ~were).any()
-
-
-def _make_folder(page: Path) -> None:
-    """Make the folder of a page, before minutes are spent on what goes into it."""
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise StoreError(f"{page.parent} is a file, expected the folder of {page.name}; choose another place") from None
-    except OSError as error:
-        raise _not_writable(page, error) from error
-
-
-def _write(page: Path, content: bytes) -> None:
-    temporary = page.with_name(f".{page.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(page)
-    except OSError as error:
-        raise _not_writable(page, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # where nothing can be written nothing can be removed, and nothing is there
-            temporary.unlink(missing_ok=True)
-
-
-def _not_writable(page: Path, error: OSError) -> StoreError:
-    return StoreError(f"the report {page} cannot be written: {error.strerror}; choose another place")
 
 
 def _named(store: VolumeStore, cohort: Cohort, row: int) -> NamedOutlier:

@@ -24,6 +24,7 @@ from ingest.errors import StoreError
 from ingest.grid import Grid
 from ingest.places import Place, as_place, zarr_store
 from ingest.scan import ScanRow
+from ingest.writing import sync
 
 FORMAT = "brain-volumes"
 FORMAT_VERSION = 1
@@ -227,6 +228,7 @@ def _replace_file(path: Place, text: str) -> None:
         return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
+    sync(temporary)  # or a power failure could leave the name without the text
     temporary.replace(path)
 
 

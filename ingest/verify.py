@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from ingest.checks import (
     error_text,
 )
 from ingest.convert import convert_scan, pending_row
-from ingest.decode import decode_shard
+from ingest.decode import VolumePerThread, decode_shard
 from ingest.errors import CANNOT_WRITE, StoreError
 from ingest.existing import behind_links
 from ingest.grid import Grid
@@ -100,13 +99,6 @@ class _Sources:
     compared: frozenset[int] = field(default_factory=frozenset)
 
 
-class _Buffers(threading.local):
-    """One decoded volume per thread."""
-
-    def __init__(self, shape_zyx: tuple[int, int, int]) -> None:
-        self.volume = np.empty(shape_zyx, np.uint8)
-
-
 def verify(
     store: str | Place,
     *,
@@ -168,7 +160,7 @@ def verify(
         nbytes = 0
         # The folder outlives the threads: interrupted, they still write there for a moment
         with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(threads) as pool:
-            buffers = _Buffers(tables.shape_zyx)
+            buffers = VolumePerThread(tables.shape_zyx)
             for start in range(0, len(ok), _BATCH):
                 batch = ok[start : start + _BATCH]
                 results = pool.map(lambda number: _check_scan(tables, number, buffers, sources, Path(scratch)), batch)
@@ -226,7 +218,7 @@ def _find_sources(tables: StoreTables, folder: Place, sample: int, ok: list[int]
 
 
 def _check_scan(
-    tables: StoreTables, number: int, buffers: _Buffers, sources: _Sources | None, scratch: Path
+    tables: StoreTables, number: int, buffers: VolumePerThread, sources: _Sources | None, scratch: Path
 ) -> tuple[list[Finding], int]:
     """Check one shard, and if it is sound and in the sample, its source; return the findings and the shard's bytes."""
     finding, content = check_shard(tables, number, buffers.volume)

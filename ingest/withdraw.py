@@ -201,7 +201,7 @@ def _followed(store: str | Place) -> Place:
 
 def _kind(store: Place) -> str:
     from extract.blocks import parts_path  # the one place where ingest looks ahead: people must go everywhere
-    from extract.exchange import remove_unfinished
+    from ingest.exchange import remove_unfinished
 
     if isinstance(store, Path) and not store.exists() and store.parent.is_dir():
         with store_lock(store):
@@ -320,7 +320,7 @@ def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
 def _from_embeddings(path: Path, people: frozenset[str]) -> list[_Done]:
     from extract.blocks import parts_path, remove_parts
     from extract.embeddings import open_embeddings, write_embeddings
-    from extract.exchange import remove_unfinished
+    from ingest.exchange import remove_unfinished
 
     done: list[_Done] = []
     remove_unfinished(path)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ingest.errors import StoreError
 from ingest.people import participant_key
+from ingest.writing import write_text_whole, write_whole
 
 _COLUMN = "participant"
 
@@ -33,7 +34,7 @@ RUN_EMBEDDINGS = "embeddings.zarr"
 #: What the processes that make a curve hold a lock of.
 RUN_LOCK = "people"
 
-#: What a process that was killed in writing a file has left, see `extract.writing.write_whole`.
+#: What a process that was killed in writing a file has left, see `ingest.writing.write_whole`.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 
 
@@ -71,9 +72,9 @@ def remove_from_table(path: Path, people: frozenset[str]) -> tuple[set[str], int
     if theirs.any():
         kept = table[~theirs]
         if path.suffix == ".csv":
-            _replace(path, lambda aside: kept.to_csv(aside, index=False))
+            write_whole(path, lambda aside: kept.to_csv(aside, index=False))
         else:
-            _replace(path, lambda aside: kept.to_parquet(aside, index=False))
+            write_whole(path, lambda aside: kept.to_parquet(aside, index=False))
     return set(ids[theirs]), int(theirs.sum())
 
 
@@ -152,7 +153,7 @@ def _remove_from_cell(path: Path, people: frozenset[str]) -> int:
             with open(aside, "wb") as file:  # a name that does not end in .npz would get that added
                 np.savez_compressed(file, **arrays)
 
-        _replace(path, write)
+        write_whole(path, write)
     return removed
 
 
@@ -163,13 +164,4 @@ def _clean(path: Path, without: Callable[[Any], Any]) -> None:
         raise StoreError(f"{path} is damaged; remove it, or the whole run, by hand") from None
     cleaned = without(document)
     if cleaned != document:
-        _replace(path, lambda aside: aside.write_text(json.dumps(cleaned, indent=1) + "\n", encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    aside = path.with_name(f".{path.name}.withdrawing")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        write_text_whole(path, json.dumps(cleaned, indent=1) + "\n")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from ingest.errors import StoreError
+from ingest.command import run_app
+from ingest.consoles import console, print_line
 
 if TYPE_CHECKING:
     from loaders.profile import Profile
@@ -54,30 +53,25 @@ def profile(
     from ingest.places import as_place
     from loaders.profile import profile_store
 
-    try:
-        found = profile_store(
-            as_place(store), scans=scans, batch_size=batch_size, threads=threads, view=view, slices=slices,
-            dtype=dtype, backend=backend, device=device,
-        )  # fmt: skip
-    except (StoreError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
+    found = profile_store(
+        as_place(store), scans=scans, batch_size=batch_size, threads=threads, view=view, slices=slices,
+        dtype=dtype, backend=backend, device=device,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
-        _show(found, Console())
+        _show(found)
 
 
-def _show(found: Profile, console: Console) -> None:
+def _show(found: Profile) -> None:
     timing, settings = found.timing, found.settings
     dali = settings["backend"] == "dali"
-    console.print(
+    print_line(
         f"{settings['store']}: {timing.scans_per_second:,.0f} scans/s, {timing.bytes_read / timing.elapsed / 1e9:.2f} "
         f"GB/s read, {timing.bytes_out / timing.elapsed / 1e9:.2f} GB/s of pictures ({settings['scans']} scans, "
         f"{settings['view']}, {settings['dtype']}, {settings['backend']} backend on {settings['device']}, "
-        f"{settings['threads']} threads)",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{settings['threads']} threads)"
+    )
     console.print("\nlimit of each stage, by itself", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "scans/s", "GB/s"):
@@ -101,12 +95,12 @@ def _show(found: Profile, console: Console) -> None:
         table.add_row(name, f"{seconds:.3f}")
     console.print(table, highlight=False)
     for line in found.advice:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(line)
 
 
 def main() -> None:
-    """Run the command."""
-    app()
+    """Run the command; expected failures are one line on stderr and exit code 1."""
+    run_app(app, {"profile": ""})
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.video.resnet import Conv3DSimple
 
-from extract.checkpoints import BEST
+from extract.checkpoints import BEST, LAST
 from extract.models import parameter_shapes
 from finetune import cli
-from finetune.checkpoints import LAST, load_run
+from finetune.checkpoints import load_run
 from finetune.results import EPOCHS, PREDICTIONS, SPLIT, RunResult, read_result
 from finetune.run import Progress, finetune
 from finetune.settings import FinetuneSettings, make_settings, read_settings

@@ -39,7 +39,7 @@ def written_rows(folder: Path, out: str) -> list[list[int]]:
 
 #: A process that notes which rows it writes. Of its second output the second process dies at the first block.
 TRACE = """
-import contextlib, json, os, sys, extract.resume
+import contextlib, json, os, sys, extract.distributed, extract.resume
 from pathlib import Path
 from extract import cli
 write, rank, words = extract.resume.write_block, int(os.environ["RANK"]), sys.argv[1:]
@@ -59,8 +59,8 @@ def run(out, *arguments):
     except SystemExit as ended:
         Path(f"{out}.{rank}.code").write_text(str(ended.code))
 
-with cli.join_group() as group:
-    cli.join_group = lambda: contextlib.nullcontext(group)
+with extract.distributed.join_group() as group:
+    extract.distributed.join_group = lambda: contextlib.nullcontext(group)
     for out in ("two.zarr", "killed.npz"):
         run(out, *words)
 """

@@ -22,13 +22,13 @@ from full_disk import full_disk
 from typer.testing import CliRunner
 
 import extract.embeddings
-import extract.exchange
+import ingest.exchange
 from extract import Embeddings, open_embeddings, write_embeddings
 from extract.blocks import read_finished, start_parts, write_block
 from extract.cli import app
 from extract.embeddings import check_replaceable
-from extract.exchange import remove_unfinished
 from ingest.errors import StoreError
+from ingest.exchange import remove_unfinished
 
 N, WIDTH = 30, 4
 KINDS = (".zarr", ".h5", ".parquet", ".npz")
@@ -322,7 +322,7 @@ def test_folders_are_exchanged_where_the_system_cannot(embeddings, tmp_path, mon
         return rename(self, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract.exchange.ctypes, "CDLL", lambda _: SimpleNamespace())
+        patched.setattr(ingest.exchange.ctypes, "CDLL", lambda _: SimpleNamespace())
         patched.setattr(Path, "rename", dying)
         if step is None:
             write_embeddings(path, newer)

@@ -17,8 +17,9 @@ from finetuning import thin_networks as thin_networks  # a fixture of all tests 
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from extract.checkpoints import BEST, LAST
 from extract.models import parameter_shapes
-from finetune.checkpoints import BEST, LAST, load_run
+from finetune.checkpoints import load_run
 from finetune.evaluate import predict_rows
 from finetune.printing import epoch_lines
 from finetune.results import read_result

@@ -25,8 +25,9 @@ from finetuning import (
     tiny_settings,
 )
 
+from extract.checkpoints import LAST
 from extract.distributed import Group, join_group
-from finetune.checkpoints import LAST, load_run
+from finetune.checkpoints import load_run
 from finetune.evaluate import predict_rows
 from finetune.run import finetune
 from ingest.shard import shard_path
@@ -56,6 +57,7 @@ import torch
 from finetuning import thin
 from extract.distributed import join_group
 from finetune import cli, run
+import extract.distributed
 from finetune.settings import make_settings, read_settings
 
 store, folder = map(Path, sys.argv[1:])
@@ -76,7 +78,7 @@ with thin(), join_group() as group:
     assert group.gather(group.rank) == ([] if group.rank else [0, 1])
     assert torch.distributed.get_backend() == "gloo"
     run._write_report = lambda *_: None
-    cli.join_group = lambda: contextlib.nullcontext(group)
+    extract.distributed.join_group = lambda: contextlib.nullcontext(group)
     sys.argv = ["finetune", str(store), str(folder / "whole"), "--config", str(folder / "whole.yaml"), "--json"]
     try:
         cli.main()

@@ -15,7 +15,7 @@ from finetuning import store as store  # a fixture
 from finetuning import table as table  # a fixture
 from finetuning import thin_networks as thin_networks  # a fixture of all tests here
 
-from finetune.checkpoints import LAST
+from extract.checkpoints import LAST
 from finetune.cohort import read_cohort
 from finetune.errors import NonFiniteLossError
 from finetune.split import PARTS

@@ -32,8 +32,9 @@ from finetuning import (
 )
 from full_disk import full_disk
 
+from extract.checkpoints import LAST
 from extract.errors import WeightsUnavailableError
-from finetune.checkpoints import LAST, load_run, write_checkpoint
+from finetune.checkpoints import load_run, write_checkpoint
 from finetune.cohort import read_cohort
 from finetune.export import export_run
 from finetune.folder import FREE, begin_folder, check_folder

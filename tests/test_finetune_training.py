@@ -15,11 +15,11 @@ from finetuning import store as store  # a fixture
 from finetuning import table as table  # a fixture
 from finetuning import thin_networks as thin_networks  # a fixture of all tests here
 
+from extract.checkpoints import LAST
 from extract.distributed import Group
 from extract.errors import WeightsUnavailableError
 from finetune.batch_norm import update_statistics
 from finetune.build import build_network, build_training, check_scale, find_weights, without_effect
-from finetune.checkpoints import LAST
 from finetune.cohort import read_cohort
 from finetune.heads import Head
 from finetune.run import finetune

@@ -23,7 +23,6 @@ from ingest.cli import main
 from ingest.errors import StoreError
 from ingest.grid import MNI152_GRID
 from ingest.outliers import OUTLIER_SCORE
-from ingest.report import _write as write_page
 from ingest.report import write_report
 from ingest.scan import ScanRow
 from ingest.shard import shard_path
@@ -265,14 +264,14 @@ def test_command_line(own_store, tmp_path):
     assert "damaged: row 0" in done.stderr
 
 
-def test_a_page_that_cannot_be_written_is_named_where_nothing_can_be_removed_either(tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_written_is_named_where_nothing_can_be_removed_either(own_store, tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     for name in ("write_bytes", "unlink"):
         monkeypatch.setattr(Path, name, refuse)
-    with pytest.raises(StoreError, match=r"r\.html cannot be written: Read-only file system; choose another place"):
-        write_page(tmp_path / "r.html", b"")
+    with pytest.raises(StoreError, match=r"r\.html cannot be written: Read-only file system; choose another name"):
+        write_report(own_store, tmp_path / "r.html")
 
 
 def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
@@ -291,7 +290,7 @@ def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
 
     failed = row_of(own_store, "9910000")
     for arguments, words in (
-        ((own_store, tmp_path / "text" / "r.html"), ("text is a file", "folder of r.html", "choose another")),
+        ((own_store, tmp_path / "text" / "r.html"), ("text is a file", "r.html cannot be written", "choose another")),
         ((own_store, tmp_path / "folder.html"), ("is a folder", "choose another")),
         (
             (own_store, tmp_path / "notes.html"),

@@ -21,8 +21,8 @@ from extract.probing.numbers import in_digits
 from extract.probing.probe import probe
 from extract.probing.results import Interval, TargetResult
 from extract.probing.settings import ProbeSettings
-from extract.writing import write_whole
 from ingest.errors import StoreError
+from ingest.writing import write_whole
 
 
 @pytest.fixture(scope="module")

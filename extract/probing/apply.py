@@ -14,10 +14,10 @@ import pandas as pd
 from extract.embeddings import Embeddings
 from extract.probing.model import ProbeModel
 from extract.probing.targets import CLASSIFICATIONS
-from extract.writing import write_whole
 from ingest.dictionary import TASKS
 from ingest.errors import StoreError
 from ingest.store import check_format, package_versions
+from ingest.writing import write_text_whole, write_whole
 
 FORMAT = "brain-probe"
 FORMAT_VERSION = 2  # 1 took a category that it did not know as none
@@ -117,7 +117,7 @@ def save_probe(
         "created_by": package_versions("numpy", "scipy"),
     }
     text = json.dumps(document, allow_nan=False, indent=1)
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text_whole(path, text)
 
 
 def load_probe(path: Path) -> SavedProbe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +35,6 @@ from extract.probing.effort import MANY_PATTERNS, estimate_effort
 from extract.probing.model import refit_all
 from extract.probing.phenotypes import Joined, join_table, without_variables
 from extract.probing.printing import (
-    errors,
     print_comparison,
     print_curves,
     print_embeddings,
@@ -45,17 +43,16 @@ from extract.probing.printing import (
     print_results,
     print_skipped,
     print_written,
-    warn,
 )
 from extract.probing.probe import target_names
 from extract.probing.replacing import check_absent, check_report_replaceable, check_saved_probe_replaceable
 from extract.probing.settings import THIRD_DEGREE, ProbeSettings
-from extract.writing import check_writable
+from ingest.command import run_app
+from ingest.consoles import errors, print_line
 from ingest.default_command import RunByDefault
-from ingest.errors import ObjectStoreError
-from ingest.interruption import told_interruption
 from ingest.progress import progress_bar
 from ingest.replacing import check_page_suffix
+from ingest.writing import check_writable
 
 
 class _ProbeCommands(RunByDefault):
@@ -218,7 +215,7 @@ def run_command(
         many = len(names) > MANY_PATTERNS
         effort = estimate_effort(first, names, tasks=tasks, settings=settings, confounds=values) if many else None
     if effort is not None and effort.patterns > MANY_PATTERNS:
-        warn(effort.in_words() + (f" for each of {len(named)} embeddings" if len(named) > 1 else ""))
+        print_line(effort.in_words() + (f" for each of {len(named)} embeddings" if len(named) > 1 else ""), errors)
     with progress_bar("probe", errors) as progress:
         bar = progress.add_task("probe", total=None)
         probed = probe_all(
@@ -230,7 +227,7 @@ def run_command(
     unsaved = save is not None and nothing
     of_table = [] if joined is None else joined.warnings
     for warning in of_table + warnings:
-        warn(f"warning: {warning}")
+        print_line(f"warning: {warning}", errors)
     if as_json:
         document = to_document(
             sources, probed, compared, settings, phenotypes=joined, report=report, save=None if unsaved else save,
@@ -261,7 +258,7 @@ def run_command(
             warnings=warnings,
         )  # fmt: skip
         for warning in shown[len(warnings) :]:
-            warn(f"warning: {warning}")
+            print_line(f"warning: {warning}", errors)
         if not as_json:
             print_written("report", report)
     if unsaved:
@@ -297,7 +294,7 @@ def apply_command(
     predictions = apply_probe(saved, embeddings)
     write_predictions(out, predictions)
     for warning in ([] if joined is None else joined.warnings) + confound_warnings(saved, embeddings):
-        warn(f"warning: {warning}")
+        print_line(f"warning: {warning}", errors)
     simulated = saved.simulated or bool(embeddings.attrs.get("simulated"))
     targets = [one.name for one in saved.models]
     if as_json:
@@ -333,9 +330,4 @@ def _save(
 
 def main() -> None:
     """Run the command; expected failures are one line on stderr and exit code 1."""
-    try:
-        with told_interruption(errors, {"run": "", "apply": ""}):
-            app()
-    except (ValueError, OSError, ObjectStoreError) as error:
-        warn(f"error: {error}")
-        sys.exit(1)
+    run_app(app, {"run": "", "apply": ""})

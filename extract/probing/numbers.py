@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+#: What metrics are called in tables.
+SHORT_NAMES = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
+
 _FEW_DECIMALS = 0.1  # errors below it have fewer than three digits among three decimals
 _MANY_DIGITS = 1e6
 
@@ -33,3 +36,13 @@ def in_digits(value: float, metric: str = "") -> str:
     if size >= _MANY_DIGITS or (metric == "mae" and 0 < size < _FEW_DECIMALS):
         return f"{value:.3g}"
     return f"{value:.3f}".replace("-0.000", "0.000")
+
+
+def in_time(seconds: float) -> str:
+    """Write how long something took."""
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

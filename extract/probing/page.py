@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from extract.writing import write_whole
+from ingest.writing import write_whole
 
 #: Instead of what a file does not say.
 ABSENT = "not recorded"

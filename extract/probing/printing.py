@@ -14,26 +14,22 @@ from rich.table import Table
 
 from extract.embeddings import Embeddings
 from extract.probing.compare import Difference, Probed
-from extract.probing.numbers import finite, in_digits
+from extract.probing.numbers import SHORT_NAMES, finite, in_digits
 from extract.probing.phenotypes import Joined
 from extract.probing.results import Interval, TargetResult
-
-_METRICS = {"auc": "AUC", "balanced_accuracy": "bal. acc.", "r": "r", "r2": "R2", "mae": "MAE"}
+from ingest.consoles import console, errors, print_line
 
 _WIDE = 200  # columns
-
-console = Console()
-errors = Console(stderr=True)
 
 
 def print_embeddings(path: Path, embeddings: Embeddings) -> None:
     """Print one line about what was probed."""
-    _line(f"{path}: {embeddings.in_words()}")
+    print_line(f"{path}: {embeddings.in_words()}")
 
 
 def print_phenotypes(joined: Joined) -> None:
     """Print one line about the table that phenotypes are of."""
-    _line(f"phenotypes of {joined.table}: {', '.join(joined.variables)}")
+    print_line(f"phenotypes of {joined.table}: {', '.join(joined.variables)}")
 
 
 def print_results(results: Sequence[TargetResult]) -> None:
@@ -44,7 +40,7 @@ def print_results(results: Sequence[TargetResult]) -> None:
         who = [escape(result.name), result.task, str(result.n)]
         for name, found in result.metrics.items():
             numbers = in_digits(found.score, name), _ends(found, name), in_digits(found.chance, name)
-            table.add_row(*who, _METRICS.get(name, name), *numbers)
+            table.add_row(*who, SHORT_NAMES.get(name, name), *numbers)
             who = ["", "", ""]
     if probed:
         _print(table)
@@ -62,7 +58,7 @@ def _print_more(probed: Sequence[TargetResult]) -> None:
     table = _table([*headings, *(["confounds alone", "score minus that"] if confounds else [])])
     for result in probed:
         found = result.headline
-        row = [escape(result.name), _METRICS.get(result.metric, result.metric), in_digits(found.score)]
+        row = [escape(result.name), SHORT_NAMES.get(result.metric, result.metric), in_digits(found.score)]
         if drawn:
             ends = found.boot_low, found.boot_high
             row.append(" to ".join(in_digits(end) for end in ends if end is not None))
@@ -90,7 +86,7 @@ def print_comparison(probed: Sequence[Probed], found: Sequence[Difference]) -> N
                 continue
             result = of[target]
             headline, difference = result.headline, by_pair.get((target, one.name))
-            row = [*who, escape(one.name), _METRICS.get(result.metric, result.metric), in_digits(headline.score)]
+            row = [*who, escape(one.name), SHORT_NAMES.get(result.metric, result.metric), in_digits(headline.score)]
             row += [_ends(headline), in_digits(headline.chance)]
             row.append(
                 "" if difference is None else f"{in_digits(difference.interval.score)} ({_ends(difference.interval)})"
@@ -103,7 +99,7 @@ def print_comparison(probed: Sequence[Probed], found: Sequence[Difference]) -> N
         _print(table)
     if any(result.confound_metrics or result.headline.boot_low is not None for of in results for result in of.values()):
         for one, of in zip(probed, results, strict=True):
-            _line(f"{one.name}:")
+            print_line(f"{one.name}:")
             _print_more(list(of.values()))
 
 
@@ -115,14 +111,16 @@ def print_curves(probed: Sequence[Probed]) -> None:
     sizes = sorted({point.people for _, curve in curves for point in curve.points[:-1]})
     if not sizes:
         most = max(curve.points[-1].people for _, curve in curves)
-        warn(f"no learning curve: at most {most} people can be trained on in each fold; give fewer: --curve=10")
+        print_line(
+            f"no learning curve: at most {most} people can be trained on in each fold; give fewer: --curve=10", errors
+        )
         return
     several = len(probed) > 1
     table = _table(["trained on", *(["embeddings"] if several else []), "metric", *map(str, sizes), "all"])
     targets = list(dict.fromkeys(curve.target for _, curve in curves))
     for name, curve in sorted(curves, key=lambda pair: targets.index(pair[1].target)):
         scores = {point.people: in_digits(point.interval.score) for point in curve.points[:-1]}
-        row = [escape(curve.target), *([escape(name)] if several else []), _METRICS.get(curve.metric, curve.metric)]
+        row = [escape(curve.target), *([escape(name)] if several else []), SHORT_NAMES.get(curve.metric, curve.metric)]
         last = curve.points[-1]
         whole = f"{in_digits(last.interval.score)} ({last.people})"
         table.add_row(*row, *(scores.get(size, "") for size in sizes), whole)
@@ -135,12 +133,12 @@ def print_skipped(probed: Sequence[Probed]) -> None:
         prefix = f"{one.name}: " if len(probed) > 1 else ""
         for result in one.results:
             if result.status == "skipped":
-                warn(f"skipped: {prefix}{result.name}: {result.reason}")
+                print_line(f"skipped: {prefix}{result.name}: {result.reason}", errors)
             elif result.permutations and result.p_value is None:
-                warn(f"{prefix}{result.name}: {result.null}")
+                print_line(f"{prefix}{result.name}: {result.null}", errors)
         for curve in one.curves.values():
             for size, reason in curve.missing.items():
-                warn(f"no point at {size} people: {prefix}{curve.target}: {reason}")
+                print_line(f"no point at {size} people: {prefix}{curve.target}: {reason}", errors)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -150,21 +148,12 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def print_written(what: str, path: Path) -> None:
     """Print where a file is."""
-    _line(f"{what}: {path}")
-
-
-def warn(text: str) -> None:
-    """Print one line on stderr."""
-    errors.print(text, soft_wrap=True, highlight=False, markup=False)
+    print_line(f"{what}: {path}")
 
 
 def _print(table: Table) -> None:
     """Print a table; one that is not read on a terminal may be as wide as it is."""
     (console if console.is_terminal else Console(width=_WIDE)).print(table, highlight=False)
-
-
-def _line(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _table(headings: Sequence[str]) -> Table:

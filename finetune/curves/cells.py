@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from extract.writing import write_whole
 from ingest.errors import StoreBusyError
 from ingest.lock import store_lock
+from ingest.writing import write_text_whole, write_whole
 
 _RECORD, _PREDICTIONS = "cell.json", "test.npz"
 
@@ -149,7 +149,7 @@ def write_cell(run_dir: Path, result: CellResult) -> None:
 
     write_whole(folder / _PREDICTIONS, write_arrays)
     text = json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n"
-    write_whole(folder / _RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_whole(folder / _RECORD, text)
 
 
 def read_cell(run_dir: Path, cell: Cell) -> CellResult:

@@ -11,10 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+from extract.probing.numbers import SHORT_NAMES
 from extract.probing.plots import BLUE, COLOURS, GREY, ORANGE, shorten, styled, to_svg
 from extract.probing.plots_compared import labels_apart
 from finetune.curves.results import TargetCurve
-from finetune.curves.words import METRICS
 
 #: Colour, marker and name of each method; shapes too, for colours alone do not survive a grey print.
 STYLES = {
@@ -68,7 +68,7 @@ def _draw_target(figure: SubFigure, curve: TargetCurve, *, named: bool) -> None:
 
 
 def _draw_scores(axes: Axes, curve: TargetCurve) -> None:
-    metric = METRICS.get(curve.metric, curve.metric)
+    metric = SHORT_NAMES.get(curve.metric, curve.metric)
     axes.axhline(curve.chance, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="chance")
     if np.isfinite(curve.smallest):
         dots = (0, (1, 1.5))
@@ -94,7 +94,7 @@ def _draw_scores(axes: Axes, curve: TargetCurve) -> None:
 
 
 def _draw_gaps(axes: Axes, curve: TargetCurve) -> None:
-    metric = METRICS.get(curve.metric, curve.metric)
+    metric = SHORT_NAMES.get(curve.metric, curve.metric)
     axes.axhline(0, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     others = list(dict.fromkeys(gap.other for gap in curve.gaps))
     for number, other in enumerate(others):

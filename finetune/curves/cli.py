@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
 from finetune.curves.settings import CurveSettings, make_curve_settings
 from finetune.options import Config, option_of, settings_from, with_settings
 from finetune.settings import read_settings
+from ingest.consoles import errors, print_line
 from ingest.progress import progress_bar
 
 if TYPE_CHECKING:
     from finetune.curves.work import CurveProgress
-
-console = Console()
-errors = Console(stderr=True)
 
 
 @functools.partial(with_settings, without=("bootstrap",))  # it draws people itself, see --draws
@@ -74,8 +71,8 @@ def curve_command(
     if as_json:
         print(json.dumps(result.to_json()))
     else:
-        print_curve(result, console)
-        console.print(f"page: {run_dir / PAGE}", soft_wrap=True, highlight=False, markup=False)
+        print_curve(result)
+        print_line(f"page: {run_dir / PAGE}")
     if result.failed or len(result.unfinished) > result.elsewhere:  # others answer for what they are at
         raise typer.Exit(1)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from extract.writing import write_whole
 from finetune.curves.charts import curve_png
 from finetune.curves.page import write_curve_page
 from finetune.curves.results import CurveResult
+from ingest.writing import write_whole
 
 JSON, PNG, PAGE = "curve.json", "curve.png", "curve.html"
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from extract.probing.numbers import SHORT_NAMES, in_time
 from extract.probing.page import last_component, render_page, settings_lines, store_lines, versions_line, write_page
 from extract.probing.report_targets import Picture, svg_uri
 from finetune.curves.cells import CellResult
 from finetune.curves.charts import curve_svg
 from finetune.curves.results import CurveResult, TargetCurve
 from finetune.curves.tables import TITLES, CurveTable, curve_table
-from finetune.curves.words import METRICS, describe_state, describe_target, listed, number
+from finetune.curves.words import describe_state, describe_target, listed, number
 
 _PATH = re.compile(r"(?<!\S)['\"(]?(?:~|\.{0,2})/(?:[^\s'\"]*/)?")
 
@@ -65,7 +66,7 @@ def render_curve_page(result: CurveResult) -> str:
 
 
 def _section(curve: TargetCurve) -> Section:
-    metric = METRICS.get(curve.metric, curve.metric)
+    metric = SHORT_NAMES.get(curve.metric, curve.metric)
     sizes = sorted({point.size for point in curve.points})
     alt = (
         f"{metric} of {curve.name} by the number of people trained on, {sizes[0]:,} to {sizes[-1]:,}, of each method, "
@@ -103,7 +104,7 @@ def _provenance(result: CurveResult) -> list[tuple[str, str]]:
         ("seeds", ", ".join(map(str, plan.seeds))),
         ("learning rate from scratch", "the same" if plan.scratch_lr is None else f"{plan.scratch_lr:g}"),
         ("draws of the people tested", f"{plan.draws:,}"),
-        ("computing time", _duration(sum(cell.seconds for cell in result.cells))),
+        ("computing time", in_time(sum(cell.seconds for cell in result.cells))),
         versions_line(plan.created_by),
     ]
 
@@ -131,18 +132,9 @@ def _cell(cell: CellResult, curves: tuple[TargetCurve, ...]) -> dict[str, Any]:
         "reason": _without_folders(cell.reason),
         "scans": f"{cell.train_scans:,}" if cell.train_scans else "",
         "how": how,
-        "seconds": _duration(cell.seconds) if cell.seconds else "",
+        "seconds": in_time(cell.seconds) if cell.seconds else "",
         "scores": [number(scores.get((curve.name, cell.cell.seed))) for curve in curves],
     }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds:.2f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _without_folders(text: str) -> str:

@@ -16,17 +16,17 @@ import pandas as pd
 from extract.errors import WeightsUnavailableError
 from extract.models import family_of
 from extract.weights import about_store
-from extract.writing import write_whole
 from finetune.build import check_settings, find_weights
 from finetune.cohort import Cohort, read_cohort
 from finetune.curves.cells import Cell, held, list_cells, read_cell
 from finetune.curves.settings import CurveSettings, choose_methods, choose_sizes, from_scratch
-from finetune.run import FREE
+from finetune.folder import FREE
 from finetune.settings import FinetuneSettings, make_settings
 from finetune.split import read_split, write_split
 from ingest.errors import StoreError
 from ingest.store import VolumeStore, check_format, package_versions
 from ingest.withdraw_tables import RUN_LOCK
+from ingest.writing import write_text_whole
 
 FORMAT, VERSION = "brain-curve", 1
 PLAN, SPLIT = "plan.json", "split.csv"
@@ -164,7 +164,7 @@ def make_plan(
         if before is None or not (run_dir / SPLIT).is_file():  # now that nothing is left to be refused
             write_split(run_dir / SPLIT, cohort.split)
         text = json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
-        write_whole(run_dir / PLAN, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text_whole(run_dir / PLAN, text)
     return plan, cohort
 
 

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from extract.probing.numbers import SHORT_NAMES
 from finetune.curves.results import CurveResult
 from finetune.curves.tables import TITLES, CurveTable, Entry, curve_table
-from finetune.curves.words import METRICS, describe_state, describe_target
+from finetune.curves.words import describe_state, describe_target
 from finetune.curves.work import CurveProgress
+from ingest.consoles import print_line
 
 _WIDE = 200  # columns
 
@@ -35,7 +37,7 @@ def cell_lines(errors: Console) -> Callable[[CurveProgress], None]:
             what = f"{result.status}: {result.reason}"
         left = (time.monotonic() - begun) / ended * (progress.total - progress.done)
         until = f", {timedelta(seconds=round(left))} left" if progress.done < progress.total else ""
-        _line(errors, f"{progress.done}/{progress.total} {result.cell}: {what}{until}")
+        print_line(f"{progress.done}/{progress.total} {result.cell}: {what}{until}", errors)
 
     return tell
 
@@ -54,21 +56,23 @@ def print_curve(result: CurveResult, console: Console | None = None) -> None:
     plan = result.plan
     people = ", ".join(f"{count:,} people {_PARTS[part]}" for part, count in plan.people.items())
     simulated = ", simulated data" if plan.simulated else ""
-    _line(console, f"{result.run_dir}: {plan.settings.model}, {plan.weights} weights, {people}{simulated}")
+    print_line(f"{result.run_dir}: {plan.settings.model}, {plan.weights} weights, {people}{simulated}", console)
     for curve in result.targets:
-        found, metric = curve_table(curve), METRICS.get(curve.metric, curve.metric)
-        _line(console, f"\n{curve.name}: {metric}, means over seeds with 95 % intervals; chance is {curve.chance:g}")
+        found, metric = curve_table(curve), SHORT_NAMES.get(curve.metric, curve.metric)
+        print_line(
+            f"\n{curve.name}: {metric}, means over seeds with 95 % intervals; chance is {curve.chance:g}", console
+        )
         console.print(_scores(found), highlight=False)
         if found.others:
             console.print()
             console.print(_gaps(found), highlight=False)
         console.print()
         for sentence in describe_target(curve):
-            _line(console, f"- {sentence}")
+            print_line(f"- {sentence}", console)
     if state := describe_state(result):
         console.print()
         for sentence in state:
-            _line(console, sentence)
+            print_line(sentence, console)
 
 
 _PARTS = {"train": "to train on", "validation": "to validate", "test": "tested"}
@@ -98,7 +102,3 @@ def _table(headings: list[str]) -> Table:
 
 def _entry(entry: Entry) -> str:
     return f"{entry.score} ({entry.interval})" if entry.interval else entry.score
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)

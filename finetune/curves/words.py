@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from extract.probing.numbers import SHORT_NAMES
 from extract.probing.results import Interval
 from finetune.curves.intervals import Estimate, PeopleNeeded
 from finetune.curves.results import CurveResult, Gap, TargetCurve
-
-METRICS = {"auc": "AUC", "r": "r"}
 
 #: Share of the people to train on from which on two seeds have more people in common than not.
 _MOSTLY_SHARED = 0.5
@@ -44,7 +43,7 @@ def listed(values: Sequence[str]) -> str:
 
 def describe_target(curve: TargetCurve) -> list[str]:
     """Return sentences about a target: who was tested, where transfer is better, what that is worth in people."""
-    metric = METRICS.get(curve.metric, curve.metric)
+    metric = SHORT_NAMES.get(curve.metric, curve.metric)
     return [
         *_tested(curve, metric),
         *(sentence for other in ("scratch", "probe") for sentence in _compared(curve, other, metric)),

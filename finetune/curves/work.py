@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from extract.checkpoints import BEST
+from extract.checkpoints import BEST, LAST
 from extract.embeddings import Embeddings
 from extract.errors import WeightsUnavailableError
 from extract.probing.groups import read_groups
 from extract.probing.results import TargetResult
-from finetune.checkpoints import LAST
 from finetune.cohort import Cohort, as_table, read_cohort
 from finetune.curves.cells import Cell, CellResult, TargetScores, claim, forget_cell, is_done, read_cell, write_cell
 from finetune.curves.frozen import embed_once, probe_cell

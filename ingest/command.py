@@ -1,13 +1,13 @@
-"""What a command says when Ctrl-C ends it."""
+"""Running a command: what users can mend, and Ctrl-C, is told in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from rich.console import Console
+from ingest.consoles import errors, print_line
 
 #: Exit code of whoever was ended by Ctrl-C: 128 and the number of SIGINT.
 INTERRUPTED = 130
@@ -16,16 +16,37 @@ INTERRUPTED = 130
 GOES_ON = "the same command{} goes on where it was"
 
 
+def run_app(
+    app: Callable[[], object], advice: Mapping[str, str], *, codes: Mapping[type[Exception], int] | None = None
+) -> None:
+    """Run the commands of a program; what users can mend is one line on stderr.
+
+    Parameters
+    ----------
+    app
+        Of typer.
+    advice
+        By command, what to do after Ctrl-C, see `told_interruption`.
+    codes
+        Of errors of other kinds, which are told, too, the exit code. That of ValueError and OSError is 1.
+    """
+    codes = {ValueError: 1, OSError: 1, **(codes or {})}
+    try:
+        with told_interruption(advice):
+            app()
+    except tuple(codes) as error:
+        print_line(f"error: {error}", errors)
+        sys.exit(next(code for kind, code in codes.items() if isinstance(error, kind)))
+
+
 @contextlib.contextmanager
-def told_interruption(errors: Console, advice: Mapping[str, str]) -> Iterator[None]:
+def told_interruption(advice: Mapping[str, str]) -> Iterator[None]:
     """Say in one line that Ctrl-C has ended the command that runs meanwhile, and what there is to do then.
 
     Of the processes that torchrun starts, which Ctrl-C ends together, the first says it.
 
     Parameters
     ----------
-    errors
-        Where to say it.
     advice
         By command, what to do; that of ``run`` is for where none is named. Of others nothing is said.
     """
@@ -41,5 +62,5 @@ def told_interruption(errors: Console, advice: Mapping[str, str]) -> Iterator[No
     command = given[0] if given and given[0] in advice else "run"
     text = advice.get(command, "").format(" without --overwrite" if "--overwrite" in given else "")
     if os.environ.get("RANK", "0") == "0":  # torchrun's
-        errors.print("interrupted" + (f"; {text}" if text else ""), soft_wrap=True, highlight=False, markup=False)
+        print_line("interrupted" + (f"; {text}" if text else ""), errors)
     sys.exit(INTERRUPTED)

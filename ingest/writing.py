@@ -44,6 +44,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """Write text in UTF-8 as `write_whole` does."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def behind_link(path: Path) -> Path:
     """Return where a file itself is: a link to it is not to be replaced, for others lead there, too.
 
