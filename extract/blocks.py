@@ -20,7 +20,7 @@ from extract.formats import DAMAGE
 from ingest.errors import StoreError
 from ingest.writing import write_text_whole, write_whole
 
-_BATCHES, _SCANS = 8, 512  # of a block, at most: what a kill may cost, and what GPUs can share
+_BATCHES, _SCANS = 8, 2048  # of a block, at most: what a kill may cost, and what GPUs can share
 _SETTINGS = "settings.json"
 _SCANS_PREFIX = "scans/"
 

@@ -45,8 +45,12 @@ class Group:
         Raises
         ------
         ValueError
-            If there are fewer GPUs than processes on this machine.
+            If there are fewer GPUs than processes on this machine, or all are to work on one.
         """
+        if self.size > 1 and re.fullmatch(r"cuda:\d+", device):
+            raise ValueError(
+                f"device is {device} for each of {self.size} processes; leave it out: each takes a GPU of its own"
+            )
         if self.size == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
             return device
         if self.local_rank >= torch.cuda.device_count():

@@ -6,10 +6,11 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.grey import GreyConvolution
 from ingest.memory import kept_memory
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 MOST_SCANS = 256  # more are no faster
-# A first convolution makes 16 numbers of a voxel (64 channels, at half the rows and columns). From 2^31 numbers on,
-# kernels are other ones, and less tried.
-MOST_VOXELS = (2**31 - 1) // 16
+MOST_NUMBERS = 2**31 - 1  # of a tensor; with more, kernels are other ones, and less tried
 CPU_SCANS, CPU_VOLUMES = 8, 2  # more are no faster: the slices of a few scans, or one volume of a 3D network, are much
 _MEMORY_SHARE = 0.7  # of what is free; allocators lose some between blocks
 _WAITING = 4  # batches of bytes that a loader and the network hold at once
@@ -121,13 +120,32 @@ def _why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-def choose_batch_size(encoder: Encoder, picture: Picture) -> int:
+class Numbers(TorchDispatchMode):
+    """Watches a network at work: `most` is how many numbers the largest result of its convolutions has.
+
+    No other tensor has more that grow with the number of pictures.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and ("conv" in str(func) or "mm" in str(func)):  # a stem is a product
+            self.most = max(self.most, found.numel())
+        return found
+
+
+def choose_batch_size(encoder: Encoder, picture: Picture, held: int = 0) -> int:
     """Choose how many scans to encode at a time, see `scans_at_a_time`."""
     uncompiled = replace(encoder, compiled=None)  # nothing need be compiled for one scan
-    return scans_at_a_time(lambda scan: uncompiled(scan, cut=bool(picture.planes)), encoder.device, picture)
+    return scans_at_a_time(lambda scan: uncompiled(scan, cut=bool(picture.planes)), encoder.device, picture, held)
 
 
-def scans_at_a_time(run: Callable[[Images], torch.Tensor], device: torch.device, picture: Picture) -> int:
+def scans_at_a_time(
+    run: Callable[[Images], torch.Tensor], device: torch.device, picture: Picture, held: int = 0
+) -> int:
     """Choose how many scans a network is to see at a time: on a GPU by how much memory one takes, which is tried.
 
     Parameters
@@ -136,6 +154,8 @@ def scans_at_a_time(run: Callable[[Images], torch.Tensor], device: torch.device,
         Computes what it gives for one scan, uint8, and keeps nothing for a gradient.
     picture
         What a loader gives of a scan.
+    held
+        Bytes of a GPU that a loader needs for each scan beside that.
     """
     if device.type != "cuda":
         return CPU_SCANS if picture.planes else CPU_VOLUMES
@@ -143,12 +163,13 @@ def scans_at_a_time(run: Callable[[Images], torch.Tensor], device: torch.device,
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run(as_images(picture.split(scan)))
+    with Numbers() as numbers:
+        run(as_images(picture.split(scan)))
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()  # what torch keeps for later is free, too
     free, _ = torch.cuda.mem_get_info(device)
-    return min(batch_size_for(free, taken + _WAITING * scan.nbytes), max(1, MOST_VOXELS // scan.numel()))
+    return min(batch_size_for(free, taken + _WAITING * scan.nbytes + held), max(1, MOST_NUMBERS // numbers.most))
 
 
 def batch_size_for(free: int, bytes_per_scan: int) -> int:

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ class _Plan:
     ----------
     rows
         int64, rows of the store that are to be embedded, cut into blocks in this order.
+    batch_size
+        Scans at a time; 0 if that is open.
     first_number
         Of the blocks.
     settings
@@ -162,13 +165,19 @@ def extract_to(
             wanted = scans_table(volumes, wanted_rows(volumes))
             if group.rank == 0:
                 held.enter_context(store_lock(out))
-                had, plan = _prepare(out, volumes, wanted, encoder, batch_size, group, overwrite=overwrite)
+                encoder.check(volumes.grid.shape_zyx)
+                had, plan = _prepare(out, volumes, wanted, encoder, batch_size, overwrite=overwrite)
         plan = group.tell(plan)
         assert plan is not None
         _refuse_others(
             _settings(volumes, encoder), plan.settings, f"process {group.rank} differs from process 0: it has",
             "give all processes of a run the same options and files",
         )  # fmt: skip
+        if batch_size is None:
+            plan = replace(plan, batch_size=_fitting_all(plan, volumes, encoder, backend, group))
+        if group.rank == 0 and len(plan.rows):
+            start_parts(parts, {**plan.settings, "batch_size": plan.batch_size})
+        group.tell(None)  # the others write no block before
         _embed(plan, volumes, wanted, encoder, parts, group, backend, threads, timing, on_plan, on_batch)
         timings = group.gather(timing)
         if group.rank:
@@ -213,7 +222,6 @@ def _prepare(
     wanted: pd.DataFrame,
     encoder: Encoder,
     batch_size: int | None,
-    group: Group,
     *,
     overwrite: bool,
 ) -> tuple[OldFile | None, _Plan]:
@@ -255,11 +263,19 @@ def _prepare(
     rows = np.concatenate([rows[~again], rows[again]])  # so that the others have the batches that they had
     if batch_size is None:
         batch_size = int((unfinished or {}).get("batch_size", 0))
-    if not batch_size:
-        batch_size = fitting_batch_size(volumes, encoder, max(1, -(-len(rows) // group.size)))
-    if len(rows):
-        start_parts(parts, {**settings, "batch_size": batch_size})
     return had, _Plan(rows, batch_size, 0 if finished is None else finished.next_number, settings)
+
+
+def _fitting_all(plan: _Plan, volumes: VolumeStore, encoder: Encoder, backend: str, group: Group) -> int:
+    """Return how many scans every process can encode at a time: GPUs differ, and others may be at work on them.
+
+    A run that goes on does as many as before, if they still fit.
+    """
+    if not len(plan.rows) or (plan.batch_size and encoder.device.type != "cuda"):
+        return plan.batch_size or 1
+    fitting = fitting_batch_size(volumes, encoder, backend, -(-len(plan.rows) // group.size))
+    fitting = min(group.gather_all(fitting))
+    return min(fitting, plan.batch_size or fitting)
 
 
 def _still_there(volumes: VolumeStore, wanted: pd.DataFrame) -> tuple[VolumeStore, pd.DataFrame]:
@@ -309,7 +325,9 @@ def _embed(
         volumes, encoder, rows, batch_size=plan.batch_size, backend=backend, threads=threads, timing=timing,
         on_error="skip",
     )  # fmt: skip
-    with contextlib.closing(batches):
+    # A block may take as long to be on the disk as several batches take a GPU, which is to go on meanwhile.
+    with ThreadPoolExecutor(1) as writer, contextlib.closing(batches):
+        written: Future[None] | None = None
         for number, rows in blocks:
             done, features = [], []
             skipped: dict[int, str] = {}
@@ -321,5 +339,10 @@ def _embed(
                     on_batch(timing)
             scans = wanted.iloc[np.searchsorted(wanted["row"].to_numpy(), np.concatenate(done))]
             with timing.adding("write"):
-                write_block(parts, number, scans, np.concatenate(features), skipped)
+                if written is not None:
+                    written.result()
+                written = writer.submit(write_block, parts, number, scans, np.concatenate(features), skipped)
         next(batches, None)  # so that it takes its last measurements
+        assert written is not None
+        with timing.adding("write"):
+            written.result()

@@ -32,6 +32,7 @@ from finetune.steps import Steps, plan_steps
 from finetune.training import Training
 from ingest.store import VolumeStore
 from loaders import Augmentation, Loader, open_loader
+from loaders.opening import room_to_inflate
 from loaders.views import View, plan_picture
 
 #: How far scans that were brought into a standard space are moved unless told. There shape shows as position: shifts of
@@ -190,7 +191,8 @@ def build_training(
     view, slices = what_to_load(network.seen, store.grid.shape_zyx, augmented=augmentation is not None)
     picture = plan_picture(store.grid.shape_zyx, store.slab, view, slices)
     rows = cohort.rows_of("train")
-    most = min(group.gather_all(settings.micro_batch or most_scans(network, picture, dtype)))
+    most, held = room_to_inflate(store, picture, settings.backend, device)
+    most = min(group.gather_all(settings.micro_batch or min(most, most_scans(network, picture, held, dtype))))
     steps = plan_steps(len(rows), settings, most, group.size)
     least = fewest_scans(network, store.grid.shape_zyx)
     if group.size == 1 or device.type != "cuda":  # processes whose batch norms know of each other have more

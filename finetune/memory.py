@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 
-from extract.fast import MOST_VOXELS
+from extract.fast import CPU_SCANS, CPU_VOLUMES, MOST_NUMBERS, Numbers
 from finetune.losses import scan_losses
 from finetune.network import ScanNetwork
 from loaders.views import Picture, View, as_images
 
-#: On a CPU more are no faster: the slices of a few scans, or two volumes, are much.
-CPU_SCANS, CPU_VOLUMES = 8, 2
 MOST_SCANS = 64
 _SHARE = 0.8  # of what is free; allocators lose some between blocks
 
 
-def most_scans(network: ScanNetwork, picture: Picture, dtype: torch.dtype) -> int:
+def most_scans(network: ScanNetwork, picture: Picture, held: int, dtype: torch.dtype) -> int:
     """Return how many scans to train on at a time: on a GPU by how much memory one takes, which is tried.
 
     Parameters
@@ -26,6 +22,8 @@ def most_scans(network: ScanNetwork, picture: Picture, dtype: torch.dtype) -> in
         On its device, in training mode; nothing of it is changed.
     picture
         What a loader gives of each scan.
+    held
+        Bytes of a GPU that a loader needs for each scan beside that.
     dtype
         Of what is computed.
     """
@@ -38,7 +36,7 @@ def most_scans(network: ScanNetwork, picture: Picture, dtype: torch.dtype) -> in
     before = torch.cuda.memory_allocated(device)
     memory = torch.rand((2, *picture.shape), device=device)  # two: batch norms want more than one
     images = as_images(picture.split(memory))
-    with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+    with Numbers() as numbers, torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         outputs = network(images, cut=network.seen.cut)
     losses = [
         scan_losses(outputs[:, place], head, torch.zeros(2, device=device))
@@ -47,12 +45,12 @@ def most_scans(network: ScanNetwork, picture: Picture, dtype: torch.dtype) -> in
     torch.stack(losses).sum().backward()
     network.zero_grad(set_to_none=True)
     torch.cuda.synchronize(device)
-    taken = (torch.cuda.max_memory_allocated(device) - before) / 2
+    taken = (torch.cuda.max_memory_allocated(device) - before) / 2 + held
     for name, value in network.named_buffers():
         value.copy_(kept[name])
     del memory, images, outputs, losses, kept
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     optimiser = 2 * sum(p.numel() * p.element_size() for p in network.parameters())
-    most = min(MOST_SCANS, MOST_VOXELS // prod(picture.shape))
+    most = min(MOST_SCANS, 2 * MOST_NUMBERS // numbers.most)
     return max(1, min(most, int(_SHARE * (free - optimiser) / max(1.0, taken))))

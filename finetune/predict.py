@@ -32,6 +32,7 @@ from ingest.errors import StoreError
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, unchanged
 from ingest.writing import check_writable
+from loaders.opening import room_to_inflate
 from loaders.views import Images, View, plan_picture
 
 
@@ -143,7 +144,7 @@ def predict_to(
     chosen = choose_device(device)
     dtype = _precision(precision, loaded.settings.precision, chosen)
     network = without_idle_work(loaded.network).to(chosen)
-    batch_size = batch_size or min(_fitting(network, volumes, chosen, dtype), len(rows))
+    batch_size = batch_size or min(_fitting(network, volumes, chosen, dtype, backend), len(rows))
     if on_plan:
         on_plan(len(rows))
     begun = time.perf_counter()
@@ -232,7 +233,7 @@ def _layout(network: ScanNetwork) -> torch.memory_format:
     return torch.channels_last_3d if network.seen.view is View.volume else torch.channels_last
 
 
-def _fitting(network: ScanNetwork, volumes: VolumeStore, device: torch.device, dtype: torch.dtype) -> int:
+def _fitting(network: ScanNetwork, volumes: VolumeStore, device: torch.device, dtype: torch.dtype, backend: str) -> int:
     """Return how many scans to predict for at a time."""
     view, slices = what_to_load(network.seen, volumes.grid.shape_zyx)
     picture = plan_picture(volumes.grid.shape_zyx, volumes.slab, view, slices)
@@ -242,7 +243,8 @@ def _fitting(network: ScanNetwork, volumes: VolumeStore, device: torch.device, d
             outputs: torch.Tensor = network(scan, cut=network.seen.cut)
             return outputs
 
-    return scans_at_a_time(run, device, picture)
+    most, held = room_to_inflate(volumes, picture, backend, device)
+    return min(most, scans_at_a_time(run, device, picture, held))
 
 
 def _still_there(outputs: Outputs, volumes: VolumeStore) -> Outputs:

@@ -19,15 +19,12 @@ from nvidia.dali.backend import TensorCPU
 from loaders.decode import Decoder
 from loaders.order import BatchPlan
 from loaders.output import Output
-from loaders.slots import SlotBatch, SlotRing
+from loaders.slots import MOST_BYTES, MOST_SLABS, QUEUE_DEPTH, SlotBatch, SlotRing
 from loaders.timing import Timing
 from loaders.torch_backend import finished_ahead
 from loaders.views import Images, cut
 
-QUEUE_DEPTH = 2
 _CPU = torch.device("cpu")
-_MOST_SLABS = 65_535  # of a batch, in nvCOMP
-_MOST_BYTES = 2**31 - 1  # of a batch: its offsets are int32
 
 
 def inflated_on_gpu(
@@ -49,8 +46,8 @@ def inflated_on_gpu(
         If a batch has more slabs than nvCOMP takes, or more bytes, see `inflate_arguments`.
     """
     slabs = len(decoder.picture.slabs)
-    if batch_size * slabs > _MOST_SLABS:
-        raise ValueError(f"a batch of {batch_size} scans has {batch_size * slabs} slabs, at most {_MOST_SLABS} can be "
+    if batch_size * slabs > MOST_SLABS:
+        raise ValueError(f"a batch of {batch_size} scans has {batch_size * slabs} slabs, at most {MOST_SLABS} can be "
                          "inflated at once; choose a smaller batch_size")  # fmt: skip
     planes, height, width = decoder.slab_shape
     plans: deque[tuple[BatchPlan, SlotBatch, tuple[Any, ...]]] = deque()
@@ -128,8 +125,8 @@ def inflate_arguments(batch: SlotBatch, scans: int, device: torch.device = _CPU)
         If there are more bytes than offsets can count.
     """
     nbytes = scans * batch.memory.shape[1]
-    if nbytes > _MOST_BYTES:
-        raise ValueError(f"a batch of {scans} scans has slots of {nbytes} bytes, at most {_MOST_BYTES} can be inflated "
+    if nbytes > MOST_BYTES:
+        raise ValueError(f"a batch of {scans} scans has slots of {nbytes} bytes, at most {MOST_BYTES} can be inflated "
                          "at once; choose a smaller batch_size")  # fmt: skip
     # DALI takes page-locked memory for that of the current device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

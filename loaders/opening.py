@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from loaders.loader import Loader
 from loaders.order import Sampling
 from loaders.output import Output, torch_dtype
 from loaders.select import balancing_weights, phenotype, select_rows, strata_of
-from loaders.views import Slices, View, plan_picture
+from loaders.slots import to_inflate
+from loaders.views import Picture, Slices, View, plan_picture
 
 BACKENDS = ("auto", "dali", "torch")
 _MOST_THREADS = 8  # so many bring in compressed bytes as fast as a GPU's bus takes them; more are in a network's way
@@ -200,6 +202,18 @@ def choose_backend(
         cut_here = view == View.axial or (view == View.triplanar and _cores() >= _MANY_CORES)
         backend = "dali" if installed and wanted.type == "cuda" and not cut_here else "torch"
     return backend, wanted
+
+
+def room_to_inflate(store: VolumeStore, picture: Picture, backend: str, device: str | torch.device) -> tuple[int, int]:
+    """Return how many scans a loader can inflate at a time, and how many bytes of the GPU each takes meanwhile.
+
+    Where it inflates nothing, any number, and 0.
+    """
+    chosen, where = choose_backend(backend, device, picture.view)
+    if chosen != "dali" or where.type != "cuda":
+        return sys.maxsize, 0
+    _, height, width = store.grid.shape_zyx
+    return to_inflate(len(picture.slabs), (store.slab, height, width))
 
 
 def _cores() -> int:

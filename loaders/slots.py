@@ -21,8 +21,18 @@ from loaders.timing import Timing
 
 logger = logging.getLogger("loaders")
 
+QUEUE_DEPTH = 2  # batches that are inflated ahead
+MOST_SLABS = 65_535  # of a batch, in nvCOMP
+MOST_BYTES = 2**31 - 1  # of a batch: its offsets are int32
 _LIKELY = 0.6  # of its voxels, at most, are a scan's compressed bytes; more have larger slots made
 _ROUNDED = 64 << 10  # bytes, to which slots are rounded up
+
+
+def to_inflate(slabs: int, slab_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Return how many scans can be inflated at a time, and how many bytes of a GPU each takes until it is used."""
+    raw = slabs * int(np.prod(slab_shape))
+    most = max(1, min(MOST_SLABS // slabs, MOST_BYTES // max(1, raw)))  # what does not compress is a little larger
+    return most, (QUEUE_DEPTH + 2) * raw + (QUEUE_DEPTH + 1) * int(_LIKELY * raw)
 
 
 class SlotBatch:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from small_store import SHAPE
+from small_store import SHAPE, make_store
 
-from extract import build_encoder, fast
-from extract.fast import batch_size_for, choose_batch_size
+from extract import Encoder, build_encoder, fast
+from extract.fast import Numbers, batch_size_for, choose_batch_size
+from ingest.store import open_store
+from loaders import opening
+from loaders.opening import room_to_inflate
+from loaders.slots import MOST_SLABS
 from loaders.views import plan_picture
+
+
+@pytest.fixture
+def store_of_volumes(tmp_path) -> Path:
+    make_store(tmp_path / "s.zarr", 2)
+    return tmp_path / "s.zarr"
 
 
 @pytest.mark.parametrize(
@@ -42,9 +55,47 @@ def test_one_scan_is_tried_on_a_gpu(monkeypatch, free, expected):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch, "zeros", lambda size, dtype, **_: zeros(size, dtype=dtype))
     encoder = replace(encoder, device=torch.device("cuda"), compiled=lambda _: pytest.fail("compiled"))
-    monkeypatch.setattr(type(encoder), "__call__", lambda self, scan, **_: tried.append((self.compiled, scan.shape)))
+
+    def call(self: Encoder, scan: torch.Tensor, **_: object) -> None:
+        tried.append((self.compiled, scan.shape))
+        torch.mm(torch.empty(16 * scan.numel(), 1, device="meta"), torch.empty(1, 1, device="meta"))
+
+    monkeypatch.setattr(Encoder, "__call__", call)
     assert choose_batch_size(encoder, plan_picture(shape, 1)) == expected
     assert tried == [(None, (1, *shape))]
+    assert choose_batch_size(encoder, plan_picture(shape, 1), held=free) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "per_voxel"),
+    [
+        ("r3d_18", {}, 16),  # 64 channels, at half the rows and columns
+        ("r2plus1d_18", {}, 36),  # 144 channels there
+        ("resnet18", {"view": "axial", "slices": 2}, 16),
+        ("resnet18", {"view": "axial", "slices": 2, "size": (64, 96)}, 64),
+    ],
+)
+def test_the_largest_tensor_is_found(model, settings, per_voxel):
+    encoder = build_encoder(model, weights="random", device="cpu", **settings)
+    scans = torch.zeros((2, 8, 32, 48), dtype=torch.uint8)
+    voxels = scans[:, : encoder.slices if encoder.view != "volume" else None].numel()
+    with Numbers() as numbers:
+        encoder(scans)
+    assert numbers.most == per_voxel * voxels
+
+
+def test_what_is_inflated_takes_memory_and_has_limits(store_of_volumes, monkeypatch):
+    store = open_store(store_of_volumes)
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(opening, "choose_backend", lambda backend, *_: (backend, gpu))
+    volume = plan_picture(store.grid.shape_zyx, store.slab)
+    raw = int(np.prod(store.grid.shape_zyx))
+    assert room_to_inflate(store, volume, "torch", gpu) == (sys.maxsize, 0)
+    most, held = room_to_inflate(store, volume, "dali", gpu)
+    assert most == MOST_SLABS // len(volume.slabs)
+    assert 5 * raw < held < 6 * raw
+    axial = plan_picture(store.grid.shape_zyx, store.slab, "axial", 1)
+    assert room_to_inflate(store, axial, "dali", gpu)[1] < held / 2, "of which one slab is inflated"
 
 
 @pytest.mark.gpu

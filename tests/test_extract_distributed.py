@@ -162,11 +162,13 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert Group(5, 8, 1).device("auto") == Group(1, 2, 1).device("cuda") == "cuda:1"
     assert Group(0, 2, 0).device("cpu") == "cpu"
-    assert Group(0, 2, 0).device("cuda:1") == "cuda:1"
+    assert Group().device("cuda:1") == "cuda:1"
     assert Group().device("auto") == "auto"
     assert chosen == [1, 1]
     with pytest.raises(ValueError, match=r"process 2 of this machine has no GPU .* use --nproc-per-node 2"):
         Group(2, 4, 2).device("auto")
+    with pytest.raises(ValueError, match=r"device is cuda:1 for each of 2 processes; leave it out"):
+        Group(0, 2, 0).device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Group(2, 4, 2).device("auto") == "auto"
 

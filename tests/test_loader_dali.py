@@ -132,7 +132,7 @@ def test_scans_too_large_for_their_slots_come_beside_bad_ones(store, voxels, mon
 
 def test_more_bytes_than_offsets_can_count_are_refused(store, monkeypatch):
     batch, _, _ = filled(store, [0, 1])
-    monkeypatch.setattr(dali_backend, "_MOST_BYTES", 2 * batch.memory.shape[1] - 1)
+    monkeypatch.setattr(dali_backend, "MOST_BYTES", 2 * batch.memory.shape[1] - 1)
     with pytest.raises(ValueError, match=r"2 scans has slots of \d+ bytes, at most \d+ can be inflated at once"):
         inflate_arguments(batch, 2)
     inflate_arguments(batch, 1)
