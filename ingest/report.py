@@ -127,8 +127,8 @@ def write_report(
     present = opened.ok_rows
     _check_rows(opened, rows)
     check_page_suffix(page)
-    check_own_page(page, "ingest report")
     check_writable(page)  # before minutes are spent on what goes into it
+    check_own_page(page, "ingest report")
     threads = threads or min(8, len(os.sched_getaffinity(0)))
     most_pictures = min(len(present), page_bytes // _TYPICAL_PICTURE_BYTES)
     if on_plan:

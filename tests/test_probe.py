@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from extract.embeddings import Embeddings
 from extract.probing.linear import ridge
 from extract.probing.probe import probe, target_names
+from extract.probing.results import Interval
 from extract.probing.scores import corrected_interval, paired_interval
 from extract.probing.settings import ProbeSettings
 from extract.probing.targets import infer_task
@@ -162,6 +163,36 @@ def test_the_interval_of_a_rare_class_counts_its_people():
     assert found.gains["auc"] == paired_interval(found, alone, "auc") == apart
 
 
+def test_the_interval_of_two_folds_counts_their_scores_as_one():
+    scores = np.array([0.50, 0.54, 0.60, 0.62, 0.41, 0.43])
+    several = {"chance": 0.5, "bounds": (0, 1)}
+    as_one = corrected_interval(scores.reshape(3, 2).mean(axis=1), 1.0, **several)
+    found = corrected_interval(scores, 1.0, folds=2, **several)
+    assert (found.score, found.low, found.high) == pytest.approx((as_one.score, as_one.low, as_one.high))
+    apart = corrected_interval(scores, 1.0, **several)
+    assert apart.low > found.low, "two scores of the same pairs were counted twice"
+    assert corrected_interval(scores[:2], 1.0, folds=2, **several) == Interval(0.52, 0, 1, 0.5)
+
+
+def test_two_groups_give_no_interval():
+    rng = np.random.default_rng(0)
+    site = np.arange(80) % 2
+    embeddings = make_embeddings(rng.normal(size=(80, 4)), {"y": rng.normal(size=80), "site": site})
+    (found,) = probe(embeddings, ["y"], settings=ProbeSettings(groups="site"))
+    assert len(found.fold_scores["r"]) == 2
+    assert (found.headline.low, found.headline.high) == (-1, 1)
+
+
+def test_perfect_scores_are_as_certain_as_there_are_groups():
+    rng = np.random.default_rng(0)
+    site = np.repeat(np.arange(10), 20)
+    ill = site % 2
+    embeddings = make_embeddings(10 * ill[:, None] + rng.normal(size=(200, 3)), {"ill": ill, "site": site})
+    (found,) = probe(embeddings, ["ill"], settings=ProbeSettings(groups="site"))
+    assert found.smallest_class == 5
+    assert (found.headline.score, found.headline.low) == (1, pytest.approx(0.025 ** (1 / 5)))
+
+
 def test_scores_do_not_depend_on_the_order_of_phenotypes():
     rng = np.random.default_rng(0)
     common = rng.normal(size=120)
@@ -195,7 +226,8 @@ def test_regressions_of_the_same_scans_share_folds_and_each_scores_as_alone(coho
     names, settings = ["age", "fluid_intelligence", "something", "late"], ProbeSettings(repeats=1)
     fitted = []
     monkeypatch.setattr(
-        "extract.probing.cross_validation.ridge", lambda x, y, groups: fitted.append(y.shape) or ridge(x, y, groups)
+        "extract.probing.cross_validation.ridge",
+        lambda x, y, *of, **by: fitted.append(y.shape) or ridge(x, y, *of, **by),
     )
     together = {found.name: found for found in probe(embeddings, names, settings=settings)}
     assert len(fitted) == 15  # five folds of each of three sets of scans

@@ -17,6 +17,7 @@ from extract.probing.confounds import (
     number_warnings,
     read_confounds,
 )
+from extract.probing.doubts import doubts
 from extract.probing.model import refit
 from extract.probing.probe import probe
 from extract.probing.scores import pearson
@@ -75,8 +76,10 @@ def test_scores_are_those_of_a_slow_reference():
     for fold in range(3):
         train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
         explained = LinearRegression().fit(age[train, None], features[train])
-        columns = {"features": features - explained.predict(age[:, None]), "age": age[:, None]}
-        for name, x in columns.items():
+        known = LinearRegression().fit(age[train, None], y[train])
+        beyond = y - known.predict(age[:, None]) + y[train].mean()  # by which the penalty is chosen
+        columns = {"features": (features - explained.predict(age[:, None]), beyond), "age": (age[:, None], y)}
+        for name, (x, chosen_by) in columns.items():
             standard = StandardScaler().fit(x[train]).transform(x)
             errors = []
             candidates = np.logspace(5, -5, 21) * x.shape[1]
@@ -84,7 +87,8 @@ def test_scores_are_those_of_a_slow_reference():
                 left_out = []
                 for i in train:
                     others = train[train != i]
-                    left_out.append(y[i] - Ridge(alpha=penalty).fit(standard[others], y[others]).predict(standard[[i]]))
+                    fit = Ridge(alpha=penalty).fit(standard[others], chosen_by[others])
+                    left_out.append(chosen_by[i] - fit.predict(standard[[i]]))
                 errors.append(np.mean(np.square(left_out)))
             model = Ridge(alpha=candidates[np.argmin(errors)]).fit(standard[train], y[train])
             scores[name].append(pearson(y[test], model.predict(standard[test])))
@@ -241,17 +245,39 @@ def test_numbers_that_are_codes_become_categories_by_their_task():
 
 def test_sites_that_only_one_side_has_are_allowed():
     rng = np.random.default_rng(0)
-    site = np.repeat(np.arange(20), 3)  # with five folds some have sites that no training scan has
+    site = np.repeat(np.arange(20), 3)
     embeddings = make_embeddings(
         rng.normal(size=(60, 5)), {"site": site, "y": rng.normal(size=60)}, variables={"site": {"task": "multiclass"}}
     )
-    found = probe(embeddings, ["y"], settings=ProbeSettings(repeats=1, groups="site", confounds=("site",)))[0]
+    found = probe(embeddings, ["y"], settings=ProbeSettings(repeats=1, confounds=("site",)))[0]
     assert found.status == "skipped"
     assert found.reason == "20 columns of confounds are too many for 48 scans to train on; name fewer"
-    embeddings.phenotypes["site"] = site // 2
-    found = probe(embeddings, ["y"], settings=ProbeSettings(repeats=1, groups="site", confounds=("site",)))[0]
+    embeddings.phenotypes["site"] = np.where(site < 18, site // 3, site + np.arange(60) % 2)  # four of few scans
+    found = probe(embeddings, ["y"], settings=ProbeSettings(repeats=1, confounds=("site",)))[0]
     assert found.status == "ok"
     assert np.isfinite(found.confound_metrics["r"].score)
+
+
+def test_a_confound_that_groups_hold_apart_is_refused_or_told():
+    rng = np.random.default_rng(0)
+    site, features, y = np.arange(90) % 9, rng.normal(size=(90, 3)), rng.normal(size=90)
+    scanner = np.where(site < 6, site, 6)  # the last three sites have the same
+    embeddings = make_embeddings(
+        features,
+        {"y": y, "site": site, "scanner": scanner},
+        variables={"site": {"task": "multiclass"}, "scanner": {"task": "multiclass"}},
+    )
+    with pytest.raises(ValueError, match=r"confound 'site' cannot be removed: .* leave out the confound, or --groups"):
+        probe(embeddings, ["y"], settings=ProbeSettings(confounds=("site",), groups="site"))
+    settings = ProbeSettings(confounds=("scanner",), groups="site")
+    assert probe(embeddings, ["y"], settings=settings)[0].status == "ok"
+    told = doubts({"e": embeddings}, ["y"], tasks={}, settings=settings)
+    assert [line for line in told if "confound" in line] == [
+        "the confound scanner is not removed from 67% of the scans when they are tested: each of their values is of "
+        "one group that is never split (9 groups by site), so nobody of these values is trained on"
+    ]
+    for others in (ProbeSettings(confounds=("scanner",)), ProbeSettings(groups="site")):
+        assert not [line for line in doubts({"e": embeddings}, ["y"], tasks={}, settings=others) if "confound" in line]
 
 
 def test_brain_volume_is_that_of_the_brain_in_any_space():

@@ -26,6 +26,15 @@ from extract.probing.scores import auc, balanced_accuracy, mean_absolute_error, 
 from extract.probing.settings import ProbeSettings
 
 
+def test_as_many_folds_as_people_leave_a_p_value():
+    rng = np.random.default_rng(0)
+    known = rng.normal(size=40)
+    embeddings = make_embeddings(np.column_stack([known, rng.normal(size=(40, 3))]), {"y": known, "s": known > 0})
+    for found in probe(embeddings, settings=ProbeSettings(folds=40, repeats=1, permutations=39)):
+        assert found.headline.score > 0.9
+        assert found.p_value == 1 / 40, "folds of one person have no correlation"
+
+
 def alone(count: int) -> Groups:
     people = np.arange(count)
     return Groups(people, people, people, np.zeros(count, dtype=np.int64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -39,10 +40,11 @@ def combine_folds(
     ratio = float(np.mean([len(fold.test) / fold.full for fold in folds]))
     codes = truth.astype(np.int64) if result.labels else None
     many = independent_parts(sample.groups.together, codes)
-    smallest = None if codes is None else int(class_sizes(sample.groups.people, codes).min())
-    metrics = {name: _interval(outcomes, name, ratio, smallest, many) for name in outcomes[0].scores}
-    confound_metrics = {name: _interval(beside, name, ratio, smallest, many) for name in metrics} if beside else {}
-    gains = {name: _gain(outcomes, beside, name, ratio, smallest, many) for name in metrics} if beside else {}
+    smallest = None if codes is None else int(class_sizes(sample.groups.together, codes).min())
+    of = {"people": smallest, "groups": many, "folds": int(sample.fold_of.max()) + 1}
+    metrics = {name: _interval(outcomes, name, ratio, **of) for name in outcomes[0].scores}
+    confound_metrics = {name: _interval(beside, name, ratio, **of) for name in metrics} if beside else {}
+    gains = {name: _gain(outcomes, beside, name, ratio, **of) for name in metrics} if beside else {}
     predicted = np.zeros((len(rows), *outcomes[0].predicted.shape[1:]))
     fold_of = np.zeros(len(rows), dtype=np.int64)
     for fold, outcome in zip(folds, outcomes, strict=True):
@@ -69,23 +71,20 @@ def _scores(outcomes: Sequence[Outcome], name: str) -> np.ndarray:
     return np.array([outcome.scores[name] for outcome in outcomes])
 
 
-def _interval(outcomes: Sequence[Outcome], name: str, ratio: float, people: int | None, groups: float) -> Interval:
+def _interval(outcomes: Sequence[Outcome], name: str, ratio: float, **of: Any) -> Interval:
     interval = corrected_interval(
         _scores(outcomes, name),
         ratio,
         chance=float(np.mean([outcome.chances[name] for outcome in outcomes])),
         bounds=RANGES[name],
-        people=people,
-        groups=groups,
+        **of,
     )
     return _with_bootstrap(interval, [outcome.draws.get(name) for outcome in outcomes])
 
 
-def _gain(
-    outcomes: Sequence[Outcome], beside: Sequence[Outcome], name: str, ratio: float, people: int | None, groups: float
-) -> Interval:
+def _gain(outcomes: Sequence[Outcome], beside: Sequence[Outcome], name: str, ratio: float, **of: Any) -> Interval:
     a, b = _scores(outcomes, name), _scores(beside, name)
-    interval = difference_interval(a, b, ratio, metric=name, people=people, groups=groups)
+    interval = difference_interval(a, b, ratio, metric=name, **of)
     pairs = zip(outcomes, beside, strict=True)
     return _with_bootstrap(interval, [a.draws[name] - b.draws[name] if a.draws else None for a, b in pairs])
 

@@ -289,6 +289,42 @@ def fit_residualiser(features: np.ndarray, columns: np.ndarray) -> Residualiser:
     return Residualiser(mean, coefficients, left)
 
 
+def without_confounds(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return what confounds (scan, column) leave of values (scan, value) to which they are fitted; the mean stays."""
+    return fit_residualiser(values, columns).apply(values, columns)
+
+
+def unseen_shares(confounds: ConfoundValues, together: np.ndarray) -> dict[str, float]:
+    """Return of confounds with categories the share of scans whose category is in one group that is never split.
+
+    Where such a group is tested nobody of that category was trained on, and nothing is removed from its scans.
+
+    Parameters
+    ----------
+    together
+        int, (scan,), see `probing.groups.Groups`.
+    """
+    shares = {}
+    for name, categorical, values in zip(confounds.names, confounds.categorical, confounds.values.T, strict=True):
+        known = ~np.isnan(values)
+        if categorical and known.any():
+            categories, number = np.unique(values[known], return_inverse=True)
+            pairs = np.unique(np.stack([number, together[known]]), axis=1)
+            groups = np.bincount(pairs[0], minlength=len(categories))
+            shares[name] = float((groups[number] == 1).mean())
+    return shares
+
+
+def check_seen(confounds: ConfoundValues, together: np.ndarray) -> None:
+    """Raise ValueError if all categories of a confound are of one group each, see `unseen_shares`."""
+    for name, share in unseen_shares(confounds, together).items():
+        if share == 1:
+            raise ValueError(
+                f"the confound {name!r} cannot be removed: each of its values is of one group that is never split, so "
+                "nobody of the values tested is trained on; leave out the confound, or --groups"
+            )
+
+
 def _scan_confound(embeddings: Embeddings, name: str) -> np.ndarray:
     wanted = {"brain_volume": "brain_voxels", "head_scale": "head_scale"}[name]
     if wanted not in embeddings.scans:

@@ -17,7 +17,7 @@ from extract.probing.bootstrap import (
     weighted_pearson,
     weighted_r_squared,
 )
-from extract.probing.confounds import ConfoundValues, fit_coding, fit_residualiser
+from extract.probing.confounds import ConfoundValues, fit_coding, fit_residualiser, without_confounds
 from extract.probing.folds import folds_with_all_classes, limit_people
 from extract.probing.free_memory import free_memory
 from extract.probing.groups import Groups
@@ -91,8 +91,9 @@ class Outcome:
     draws: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-#: Fits to training features (scan, feature) and predicts of test features: one outcome per target.
-Model = Callable[[np.ndarray, np.ndarray, Fold], list[Outcome]]
+#: Fits to training features (scan, feature) and predicts of test features: one outcome per target. Last come the
+#: confounds (training scan, column) of which features are free, if there are any.
+Model = Callable[[np.ndarray, np.ndarray, Fold, np.ndarray | None], list[Outcome]]
 
 
 def list_folds(sample: Sample, train_people: int | None, seed: int) -> list[Fold]:
@@ -119,14 +120,14 @@ def run_folds(sample: Sample, folds: Sequence[Fold], model: Model) -> tuple[list
     def run(fold: Fold) -> tuple[list[Outcome], list[Outcome]]:
         train, test = sample.features[fold.train], sample.features[fold.test]
         if sample.confounds is None:
-            return model(train, test, fold), []
+            return model(train, test, fold, None), []
         measured = sample.confounds.rows(fold.train)
         coding = fit_coding(measured)
         train_columns = coding.encode(measured.values)
         test_columns = coding.encode(sample.confounds.values[fold.test])
         residualiser = fit_residualiser(train, train_columns)
-        found = model(residualiser.apply(train, train_columns), residualiser.apply(test, test_columns), fold)
-        return found, model(train_columns, test_columns, fold)
+        left, tested = residualiser.apply(train, train_columns), residualiser.apply(test, test_columns)
+        return model(left, tested, fold, train_columns), model(train_columns, test_columns, fold, None)
 
     # BLAS gets one thread: more cost more than they give on small matrices, one adds up in one order, and of large ones
     # the folds run side by side.
@@ -159,8 +160,8 @@ def regression(truths: np.ndarray, counts: Sequence[bool], groups: Groups, weigh
     """
     outcomes = np.where(np.array(counts), np.log1p(np.where(counts, truths, 0)), truths)
 
-    def model(train: np.ndarray, test: np.ndarray, fold: Fold) -> list[Outcome]:
-        fit = ridge(train, outcomes[fold.train], left_out(groups, fold.train))
+    def model(train: np.ndarray, test: np.ndarray, fold: Fold, confounds: np.ndarray | None) -> list[Outcome]:
+        fit = fit_values(train, outcomes[fold.train], groups, fold.train, confounds)
         fitted = fit.decide(test)
         drawn = None if weights is None else weights[:, groups.units[fold.test]].astype(np.float32)
         return [
@@ -176,9 +177,9 @@ def regression(truths: np.ndarray, counts: Sequence[bool], groups: Groups, weigh
 def classification(codes: np.ndarray, classes: int, groups: Groups, seed: int, weights: np.ndarray | None) -> Model:
     """Return a model that fits a logistic regression of classes; see `regression` for what the parameters are."""
 
-    def model(train: np.ndarray, test: np.ndarray, fold: Fold) -> list[Outcome]:
+    def model(train: np.ndarray, test: np.ndarray, fold: Fold, confounds: np.ndarray | None) -> list[Outcome]:
         train_codes, test_codes = codes[fold.train], codes[fold.test]
-        fit = fit_classes(train, train_codes, groups, fold.train, [seed, fold.repeat, fold.number])
+        fit = fit_classes(train, train_codes, groups, fold.train, [seed, fold.repeat, fold.number], confounds)
         predicted = probabilities(fit.decide(test))
         frequencies = np.bincount(train_codes, minlength=classes) / len(train_codes)
         scores = {
@@ -198,7 +199,22 @@ def classification(codes: np.ndarray, classes: int, groups: Groups, seed: int, w
     return model
 
 
-def fit_classes(train: np.ndarray, codes: np.ndarray, groups: Groups, rows: np.ndarray, seed: list[int]) -> Fit:
+def fit_values(
+    train: np.ndarray, outcomes: np.ndarray, groups: Groups, rows: np.ndarray, confounds: np.ndarray | None = None
+) -> Fit:
+    """Fit ridge regressions to a training side, (training scan, target); see `fit_classes`."""
+    unexplained = None if confounds is None else without_confounds(outcomes, confounds)
+    return ridge(train, outcomes, left_out(groups, rows), unexplained=unexplained)
+
+
+def fit_classes(
+    train: np.ndarray,
+    codes: np.ndarray,
+    groups: Groups,
+    rows: np.ndarray,
+    seed: list[int],
+    confounds: np.ndarray | None = None,
+) -> Fit:
     """Fit a logistic regression to a training side, its penalty chosen there.
 
     Parameters
@@ -207,6 +223,8 @@ def fit_classes(train: np.ndarray, codes: np.ndarray, groups: Groups, rows: np.n
         (training scan, feature), (training scan,).
     rows
         int, (training scan,) rows of `groups`.
+    confounds
+        (training scan, column), which were removed from the features; None for none.
 
     Raises
     ------
@@ -214,7 +232,7 @@ def fit_classes(train: np.ndarray, codes: np.ndarray, groups: Groups, rows: np.n
         If a class has too few people.
     """
     inner = penalty_folds(groups, codes, rows, seed, _FOLDS_OF_MANY if len(rows) > _MANY_SCANS else _INNER_FOLDS)
-    return logistic(train, codes, inner, left_out(groups, rows))
+    return logistic(train, codes, inner, left_out(groups, rows), confounds=confounds)
 
 
 def left_out(groups: Groups, rows: np.ndarray) -> np.ndarray:

@@ -8,11 +8,13 @@ import numpy as np
 
 from extract.checks import as_numbers
 from extract.embeddings import Embeddings
+from extract.probing.confounds import read_confounds, unseen_shares
 from extract.probing.groups import read_groups
 from extract.probing.settings import ProbeSettings
 from extract.probing.targets import by_column, few_whole_numbers, known_task, label_names, labelled_codes
 
 _FEWEST_PERMUTATIONS = 19  # give a p value of 0.05 at the least
+_MANY_UNSEEN = 0.1  # of the scans
 _FEWEST_DRAWS = 100  # leave two or three beyond each end of a 95 % interval
 
 
@@ -49,6 +51,7 @@ def doubts(
         *(warning for name, embeddings in named.items() for warning in _constant_features(name, embeddings)),
         *_codes(first, targets, tasks, settings),
         *_lone_groups(first, settings),
+        *_unseen_confounds(first, tasks, settings),
         *_few_draws(settings),
     ]
 
@@ -109,6 +112,19 @@ def _lone_groups(embeddings: Embeddings, settings: ProbeSettings) -> list[str]:
         return groups.about_strangers()
     return [
         f"{groups.note}: no two of the people here are in one group, so folds are as without --groups; {groups.advice}"
+    ]
+
+
+def _unseen_confounds(embeddings: Embeddings, tasks: Mapping[str, str], settings: ProbeSettings) -> list[str]:
+    if settings.groups is None or not settings.confounds:
+        return []
+    groups = read_groups(embeddings, settings.groups, settings.kinship)
+    confounds = read_confounds(embeddings, settings.confounds, tasks)
+    return [
+        f"the confound {name} is not removed from {share:.0%} of the scans when they are tested: each of their values "
+        f"is of one group that is never split ({groups.note}), so nobody of these values is trained on"
+        for name, share in unseen_shares(confounds, groups.together).items()
+        if _MANY_UNSEEN <= share < 1  # of all it is refused
     ]
 
 

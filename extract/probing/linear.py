@@ -211,7 +211,14 @@ def _refit_without(
     return centred - out @ np.stack(fits)
 
 
-def ridge(train: np.ndarray, targets: np.ndarray, groups: np.ndarray, *, penalty: float | None = None) -> Fit:
+def ridge(
+    train: np.ndarray,
+    targets: np.ndarray,
+    groups: np.ndarray,
+    *,
+    unexplained: np.ndarray | None = None,
+    penalty: float | None = None,
+) -> Fit:
     """Fit ridge regressions of any number of targets with one factorisation.
 
     Parameters
@@ -222,13 +229,17 @@ def ridge(train: np.ndarray, targets: np.ndarray, groups: np.ndarray, *, penalty
         float64, (training scan, target).
     groups
         int, (training scan,).
+    unexplained
+        Of features that are what confounds leave of them, what these leave of the targets, (training scan, target). The
+        model is the same, but the penalty is chosen by it: without a scan the others' features do know of the
+        confounds, and would tell its target with the wrong sign.
     penalty
         None chooses for each target among `Rotation.penalties` by `leave_group_out_errors`, of `PENALTY_SCANS` scans at
         most.
     """
     rotation = rotate(train)
     if penalty is None:
-        penalties = ridge_penalties(rotation, train, targets, groups)
+        penalties = ridge_penalties(rotation, train, targets if unexplained is None else unexplained, groups)
     else:
         penalties = np.full(targets.shape[1], float(penalty))
     weights = rotation.covariance(train, targets) / (rotation.eigenvalues[:, None] + penalties)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize
 
+from extract.probing.confounds import fit_residualiser, without_confounds
 from extract.probing.linear import Fit, ridge_penalties, rotate
+
+_WORSE = 1.01  # than guessing: by more than what is drawn into folds does
 
 
 def logistic(
-    train: np.ndarray, codes: np.ndarray, inner_folds: np.ndarray, groups: np.ndarray, *, penalty: float | None = None
+    train: np.ndarray,
+    codes: np.ndarray,
+    inner_folds: np.ndarray,
+    groups: np.ndarray,
+    *,
+    confounds: np.ndarray | None = None,
+    penalty: float | None = None,
 ) -> Fit:
     """Fit logistic regression.
 
@@ -23,6 +32,9 @@ def logistic(
         int, (training scan,) folds for choosing the penalty, each of which leaves every class to the others.
     groups
         int, (training scan,); two or more.
+    confounds
+        (training scan, column), of features that are what these leave of them: to choose the penalty they are removed
+        in each inner fold by what the others say, or the others' features would know of those left out.
     penalty
         None chooses among `Rotation.penalties` by the log-loss over the inner folds. Log-loss rather than AUC: AUC
         does not change when all weights shrink together, so on weak effects it picks penalties at random and leaves
@@ -43,9 +55,10 @@ def logistic(
     if penalty is None:
         indicators = np.eye(int(codes.max()) + 1)[codes]
         frequencies = indicators.mean(axis=0)
-        alike = ridge_penalties(rotation, train, indicators, groups) * frequencies * (1 - frequencies)
+        unexplained = indicators if confounds is None else without_confounds(indicators, confounds)
+        alike = ridge_penalties(rotation, train, unexplained, groups) * frequencies * (1 - frequencies)
         first = float(np.exp(np.log(alike).mean()))
-        penalty = _penalty_by_log_loss(first, design, codes, inner_folds, rotation.penalties)
+        penalty = _penalty_by_log_loss(first, design, codes, inner_folds, rotation.penalties, confounds)
     weights = fit_logistic(design, codes, penalty, tolerance=1e-6)
     return rotation.unrotate(weights[:-1], weights[-1], np.full(weights.shape[1], penalty))
 
@@ -125,9 +138,17 @@ def fit_logistic(
 
 
 def _penalty_by_log_loss(
-    first: float, design: np.ndarray, codes: np.ndarray, folds: np.ndarray, penalties: np.ndarray
+    first: float,
+    design: np.ndarray,
+    codes: np.ndarray,
+    folds: np.ndarray,
+    penalties: np.ndarray,
+    confounds: np.ndarray | None = None,
 ) -> float:
     """Return the penalty with the least log-loss that one gets to from the first, step by step.
+
+    Where that is worse than the classes' frequencies alone, the first was a bad one, and the search begins again with
+    the strongest, which gives these frequencies.
 
     All folds are fitted in the coordinates of everybody, so that nothing large is copied; half the digits will do to
     compare penalties, and reading them takes the time.
@@ -143,17 +164,40 @@ def _penalty_by_log_loss(
         if place not in losses:
             losses[place] = 0.0
             for number, used in enumerate(kept):
-                found = fit_logistic(design, codes, float(penalties[place]), weights[number], used=used, tolerance=1e-2)
+                seen = design if confounds is None else _residualised(design, confounds, used)
+                found = fit_logistic(seen, codes, float(penalties[place]), weights[number], used=used, tolerance=1e-2)
                 weights[number] = found
-                logs = _log_probabilities(_product(design[~used], found))
+                logs = _log_probabilities(_product(seen[~used], found))
                 losses[place] -= float(logs[np.arange(len(logs)), codes[~used]].sum())
         return losses[place]
 
-    best = int(np.argmin(np.abs(np.log(penalties / first))))
-    for step in (-1, 1):  # the stronger one first
-        while loss(best + step) < loss(best):
-            best += step
+    def descend(best: int) -> int:
+        for step in (-1, 1):  # the stronger one first
+            while loss(best + step) < loss(best):
+                best += step
+        return best
+
+    best = descend(int(np.argmin(np.abs(np.log(penalties / first)))))
+    if loss(best) > _WORSE * _loss_of_frequencies(codes, kept):
+        weights = [None] * len(kept)  # those of weak penalties are far from these
+        best = min(best, descend(0), key=loss)
     return float(penalties[best])
+
+
+def _loss_of_frequencies(codes: np.ndarray, kept: list[np.ndarray]) -> float:
+    """Return the log-loss over folds of the classes' frequencies in the others."""
+    loss = 0.0
+    for used in kept:
+        frequencies = np.bincount(codes[used]) / used.sum()
+        loss -= float(np.log(frequencies[codes[~used]]).sum())
+    return loss
+
+
+def _residualised(design: np.ndarray, confounds: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Return a design without what confounds explain of it on the scans used; its last column is constant."""
+    features = design[:, :-1]
+    left = fit_residualiser(features[used].astype(np.float64), confounds[used]).apply(features, confounds)
+    return _with_constant(left).astype(design.dtype)
 
 
 def _product(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:

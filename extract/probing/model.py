@@ -18,9 +18,8 @@ from extract.probing.confounds import (
     match_confounds,
     read_confounds,
 )
-from extract.probing.cross_validation import fit_classes, left_out
+from extract.probing.cross_validation import fit_classes, fit_values
 from extract.probing.groups import Groups, read_groups
-from extract.probing.linear import ridge
 from extract.probing.logistic import probabilities
 from extract.probing.probe import check_embeddings, target_batches
 from extract.probing.results import Interval
@@ -260,7 +259,7 @@ def _fit_batch(
     groups = all_groups.rows(present)
     features = embeddings.features[present].astype(np.float64)
     confounds = all_confounds.rows(present)
-    residualiser, coding = None, None
+    residualiser, coding, columns = None, None, None
     if confounds.names:
         coding = fit_coding(confounds)
         columns = coding.encode(confounds.values)
@@ -270,12 +269,12 @@ def _fit_batch(
     with threadpool_limits(1 if features.size < 2_000_000 else None, user_api="blas"):
         if batch[0].labels:
             codes = truths[0].astype(np.int64)
-            fit = fit_classes(features, codes, groups, np.arange(len(codes)), [seed])
+            fit = fit_classes(features, codes, groups, np.arange(len(codes)), [seed], columns)
             of_target = [slice(None)]
         else:
             counts = [target.task == "count" for target in batch]
             outcomes = [np.log1p(truth) if count else truth for truth, count in zip(truths, counts, strict=True)]
-            fit = ridge(features, np.column_stack(outcomes), left_out(groups, np.arange(len(features))))
+            fit = fit_values(features, np.column_stack(outcomes), groups, np.arange(len(features)), columns)
             of_target = [slice(i, i + 1) for i in range(len(batch))]
     models = []
     for place, (target, outputs) in enumerate(zip(batch, of_target, strict=True)):

@@ -11,7 +11,7 @@ from extract.checks import as_numbers
 from extract.embeddings import Embeddings
 from extract.probing.bootstrap import draw_weights
 from extract.probing.combine import combine_folds
-from extract.probing.confounds import ConfoundValues, fit_coding, read_confounds
+from extract.probing.confounds import ConfoundValues, check_seen, fit_coding, read_confounds
 from extract.probing.cross_validation import (
     Fold,
     NoInnerFoldsError,
@@ -113,6 +113,7 @@ def probe(
     check_embeddings(embeddings)
     groups = read_groups(embeddings, settings.groups, settings.kinship)
     confounds = confounds or read_confounds(embeddings, settings.confounds, tasks)
+    check_seen(confounds, groups.together)
     found = read_targets(
         embeddings, names, tasks or {}, settings.bins, groups.people, confounds.names, confounds.complete
     )
@@ -237,7 +238,7 @@ def _probe_batch(
                 groups,
                 measured,
                 permutations=settings.permutations,
-                folds=settings.folds,
+                folds=int(fold_of.max()) + 1,  # as many as the score has: of one person there is no correlation
                 seed=settings.seed,
             )
             if p_value is None:

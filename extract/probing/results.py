@@ -98,7 +98,7 @@ class TargetResult:
         How many groups of the same size the groups are worth that are never split, or those of the smallest class if
         they are fewer (`probing.scores.independent_parts`).
     smallest_class
-        People of the smallest class; None of a regression.
+        Groups, by default people, that have scans of the smallest class; None of a regression.
     train_participants
         People that a model was trained on, median over the folds.
     """

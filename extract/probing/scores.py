@@ -100,6 +100,7 @@ def corrected_interval(
     confidence: float = 0.95,
     people: int | None = None,
     groups: float = np.inf,
+    folds: int | None = None,
 ) -> Interval:
     """Return the mean of fold scores with a t interval that allows for their dependence.
 
@@ -133,24 +134,35 @@ def corrected_interval(
     confidence
         Of the interval.
     people
-        Of the smallest class. Where every fold has the best score that there is (an AUC of 1 in each) the scores do not
-        vary, which is no certainty: the lower end is then the exact one of `people` successes in as many trials
-        (Clopper & Pearson 1934, Biometrika 26:404).
+        Of the smallest class, or groups of it where these are not split. Where every fold has the best score that there
+        is (an AUC of 1 in each) the scores do not vary, which is no certainty: the lower end is then the exact one of
+        so many successes in as many trials (Clopper & Pearson 1934, Biometrika 26:404).
     groups
         How many groups of about the same size people come in that are never split, or people of the smallest class, if
         they are fewer (`independent_parts`). Where they are few, repeats deal the same ones again and tell nothing new:
         no more scores than that are counted.
+    folds
+        Of each repeat. Without an effect both scores of two folds are of the same pairs of scans, and nearly the same:
+        they count as one then. One repeat of two folds is one score, of which nothing is known: the interval is all
+        that there can be. In 800 simulations of nothing (two groups of 100) the interval of two scores held 0 in 86 %.
     """
     values = np.asarray(scores, dtype=np.float64)
-    m = max(2.0, min(len(values), groups))
     mean = float(values.mean())
-    dependence = 2 * test_to_train / (1 + test_to_train**2)  # rho / (1 - rho)
-    error = float(np.sqrt(values.var() * m / (m - 1) * (1 / m + dependence)))
-    half = float(stats.t.ppf((1 + confidence) / 2, m - 1)) * error
+    half = _half_width(values, test_to_train, confidence, groups)
+    if folds == 2:
+        repeats = values.reshape(-1, 2).mean(axis=1)
+        half = max(half, _half_width(repeats, test_to_train, confidence, groups)) if len(repeats) > 1 else np.inf
     low, high = (float(np.clip(end, *bounds)) for end in (mean - half, mean + half))
     if people and low == high == bounds[1]:
         low = least_after_successes(people, confidence)
     return Interval(mean, low, high, chance)
+
+
+def _half_width(values: np.ndarray, test_to_train: float, confidence: float, groups: float) -> float:
+    m = max(2.0, min(len(values), groups))
+    dependence = 2 * test_to_train / (1 + test_to_train**2)  # rho / (1 - rho)
+    error = float(np.sqrt(values.var() * m / (m - 1) * (1 / m + dependence)))
+    return float(stats.t.ppf((1 + confidence) / 2, m - 1)) * error
 
 
 def least_after_successes(trials: int, confidence: float = 0.95) -> float:
@@ -166,6 +178,7 @@ def difference_interval(
     metric: str,
     people: int | None = None,
     groups: float = np.inf,
+    folds: int | None = None,
     confidence: float = 0.95,
 ) -> Interval:
     """Return the mean of a's scores minus b's, fold by fold, with the corrected interval, against a chance of 0.
@@ -179,10 +192,13 @@ def difference_interval(
         (repeat x fold,) scores of the same folds.
     metric
         One of `RANGES`.
-    test_to_train, people, groups, confidence
+    test_to_train, people, groups, folds, confidence
         See `corrected_interval`.
     """
-    found = corrected_interval(a - b, test_to_train, chance=0.0, groups=groups, confidence=confidence)
+    reach = RANGES[metric][1] - RANGES[metric][0]
+    found = corrected_interval(
+        a - b, test_to_train, chance=0.0, bounds=(-reach, reach), groups=groups, folds=folds, confidence=confidence
+    )
     if not people:
         return found
     best, open_to = RANGES[metric][1], 1 - least_after_successes(people, confidence)
@@ -247,5 +263,6 @@ def paired_interval(a: TargetResult, b: TargetResult, metric: str) -> Interval:
     ):
         raise ValueError(f"{a.name!r} and {b.name!r} were probed on other folds; probe the same scans with one seed")
     return difference_interval(
-        mine, other, a.test_to_train, metric=metric, people=a.smallest_class, groups=a.effective_groups
-    )
+        mine, other, a.test_to_train, metric=metric, people=a.smallest_class, groups=a.effective_groups,
+        folds=int(a.out_of_fold.fold.max()) + 1,
+    )  # fmt: skip

@@ -16,9 +16,8 @@ from extract.embeddings import read_tables
 from extract.encoder import InputWarning
 from extract.errors import WeightsUnavailableError
 from extract.models import family_of
-from extract.probing.cross_validation import fit_classes, left_out
+from extract.probing.cross_validation import fit_classes, fit_values
 from extract.probing.groups import Groups
-from extract.probing.linear import ridge
 from extract.probing.logistic import probabilities
 from extract.probing.results import TargetResult
 from extract.probing.targets import Target
@@ -178,7 +177,7 @@ def _fit(
             fit = fit_classes(train, codes, groups, np.arange(len(codes)), [seed])
             return probabilities(fit.decide(test)), float(fit.penalties[0])
         outcome = np.log1p(values) if target.task == "count" else values
-        fit = ridge(train, outcome[:, None], left_out(groups, np.arange(len(outcome))))
+        fit = fit_values(train, outcome[:, None], groups, np.arange(len(outcome)))
         decided = fit.decide(test)[:, 0]
     if target.task == "count":
         decided = np.maximum(np.expm1(np.clip(decided, -1, 700)), 0.0)
