@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from extract.layers import Layer, PooledLayers, check_layers, plan_layers, pool_
 from extract.models import check_picture, family_of, make_network
 from extract.weights import Weights, find_checkpoint, load_weights, sha256_of_parameters
 from loaders.checks import as_whole
+from loaders.device import choose_device
 from loaders.views import Images, View, as_images, each
 
 #: Of what lies between stored voxels and features: to be raised with every change after which the same settings give
@@ -324,17 +324,3 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         "precision": encoder.precision,
         "compiled": encoder.compiled is not None,
     }
-
-
-def choose_device(device: str) -> torch.device:
-    """Turn ``auto`` into a GPU where there is one, else the CPU; ValueError for what is unknown or not there."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return torch.device("cuda" if gpus else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", device):
-        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda, or cuda:N with the number of a GPU")
-    number = int(device.partition(":")[2] or 0)
-    if device != "cpu" and number >= gpus:
-        there = f"of {gpus} GPUs there is none with this number" if gpus else "no GPU is at hand"
-        raise ValueError(f"device is {device}, but {there}; use device 'cpu'" + (" or 'cuda'" if gpus else ""))
-    return torch.device(device)

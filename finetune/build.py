@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from extract.distributed import Group
-from extract.encoder import choose_device
 from extract.errors import WeightsUnavailableError
 from extract.fast import choose_precision
 from extract.inputs import as_crop, as_size, pictures_of, target_size
@@ -32,6 +31,7 @@ from finetune.steps import Steps, plan_steps
 from finetune.training import Training
 from ingest.store import VolumeStore
 from loaders import Augmentation, Loader, open_loader
+from loaders.device import choose_device
 from loaders.opening import room_to_inflate
 from loaders.views import View, plan_picture
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from extract.checkpoints import BEST, LAST
-from extract.encoder import choose_device
 from extract.fast import choose_precision, exact_float32, memory_for, scans_at_a_time
 from extract.fold import fold_batch_norms, pool_before_relu
 from extract.grey import collapse_to_grey
@@ -32,6 +31,7 @@ from ingest.errors import StoreError
 from ingest.places import Place
 from ingest.store import VolumeStore, open_store, unchanged
 from ingest.writing import check_writable
+from loaders.device import choose_device
 from loaders.opening import room_to_inflate
 from loaders.views import Images, View, plan_picture
 
@@ -111,7 +111,7 @@ def predict_to(
     where
         Only scans of which this is true, see `loaders.select.select_rows`.
     device, backend, threads
-        See `extract.encoder.choose_device` and `loaders.open_loader`.
+        See `loaders.device.choose_device` and `loaders.open_loader`.
     precision
         See `extract.fast.choose_precision`; by default that of the run.
     batch_size

@@ -16,6 +16,7 @@ from ingest.store import VolumeStore, open_store
 from loaders.augmentation import Augmentation
 from loaders.cache import ShardCache
 from loaders.checks import as_whole
+from loaders.device import choose_device
 from loaders.layout import check_layout
 from loaders.loader import Loader
 from loaders.order import Sampling
@@ -184,18 +185,7 @@ def choose_backend(
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if backend == "dali" and not installed:
         raise ValueError("backend 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use backend 'torch'")
-    gpu = torch.cuda.is_available()
-    if device is not None:
-        try:
-            wanted = torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"device is {device!r}, expected cpu, cuda, or cuda:N") from None
-        if wanted.type not in ("cpu", "cuda"):
-            raise ValueError(f"device is {str(device)!r}, expected cpu, cuda, or cuda:N")
-        if wanted.type == "cuda" and not gpu:
-            raise ValueError(f"device is {wanted}, but no GPU is at hand; use device 'cpu'")
-    else:
-        wanted = torch.device("cuda" if gpu else "cpu")
+    wanted = choose_device(device)
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", torch.cuda.current_device())
     if backend == "auto":

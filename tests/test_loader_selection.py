@@ -227,8 +227,8 @@ def test_stratified_batches_have_each_sex_in_proportion(store):
         ({"cache_bytes": 1000}, "a cache needs both cache_dir and cache_bytes"),
         ({"cache_dir": "somewhere"}, "a cache needs both"),
         ({"backend": "numpy"}, "backend 'numpy' is unknown, expected one of auto, dali, torch"),
-        ({"device": "meta"}, "device is 'meta', expected cpu, cuda, or cuda:N"),
-        ({"device": "gpu"}, "device is 'gpu', expected cpu, cuda, or cuda:N"),
+        ({"device": "meta"}, "device is 'meta', expected auto, cpu, cuda, or cuda:N"),
+        ({"device": "gpu"}, "device is 'gpu', expected auto, cpu, cuda, or cuda:N"),
         ({"view": "all"}, "view is 'all', expected one of axial, coronal, sagittal, triplanar, volume"),
         ({"dtype": "float64"}, "dtype is float64, expected one of uint8, float32"),
         ({"augmentation": Augmentation()}, "uint8 pictures are not augmented"),
@@ -241,6 +241,13 @@ def test_settings_that_cannot_be_are_refused(store, arguments, message):
         open_loader(store, **arguments)
 
 
+def test_a_gpu_that_is_not_there_is_refused_at_once(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device is cuda:7, but of 2 GPUs there is none with this number"):
+        open_loader(store, device="cuda:7")
+
+
 @pytest.mark.parametrize(
     ("view", "cores", "backend"),
     [
@@ -250,6 +257,7 @@ def test_settings_that_cannot_be_are_refused(store, arguments, message):
 )  # fmt: skip
 def test_who_decodes_for_a_gpu_depends_on_the_view_and_the_cores(monkeypatch, view, cores, backend):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert choose_backend("auto", None, view) == (backend, torch.device("cuda", 0))
@@ -260,6 +268,7 @@ def test_who_decodes_for_a_gpu_depends_on_the_view_and_the_cores(monkeypatch, vi
 
 def test_without_dali_batches_are_on_the_gpu_as_well(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert choose_backend("auto") == ("torch", torch.device("cuda", 0))
