@@ -183,7 +183,7 @@ class S3Server:
         (self.folder / "s3.json").write_text(json.dumps({"identities": [who]}))
         command = [_weed(), "-logtostderr=true", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += [f"-dir={self.folder}/data", "-master.telemetry=false", "-master.volumeSizeLimitMB=256"]
-        command += [f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.electionTimeout=500ms"]
+        command += [f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.peers=none"]
         # -volume.max=0 is the free space over 256 MB: with 3 GB free, a twelfth bucket has no volume, and PUT fails
         command += ["-volume.max=1000", "-volume.preStopSeconds=0", "-volume.minFreeSpace=10MiB"]
         command += [f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}"]
