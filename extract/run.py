@@ -65,7 +65,7 @@ def extract(
     rows
         Which scans, see `loaders.select.select_rows`; by default all that hold a volume.
     backend, threads
-        See `loaders.open_loader`.
+        See `loaders.open_loader`; but ``auto`` takes ``torch`` for whole volumes.
     batch_size
         Scans at a time; by default as many as are fast and go into the memory that is free.
     on_batch
