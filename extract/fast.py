@@ -121,14 +121,14 @@ def _why_not_compiled(device: torch.device) -> str | None:
 
 
 class Numbers(TorchDispatchMode):
-    """Watches a network at work: `most` is how many numbers the largest result of its convolutions has.
+    """Watches a network at work: `most` is how many numbers its input has, or the largest result of its convolutions.
 
     No other tensor has more that grow with the number of pictures.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: int) -> None:
         super().__init__()
-        self.most = 1
+        self.most = given
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -163,7 +163,7 @@ def scans_at_a_time(
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    with Numbers() as numbers:
+    with Numbers(scan.numel()) as numbers:
         run(as_images(picture.split(scan)))
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before

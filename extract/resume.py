@@ -273,7 +273,8 @@ def _fitting_all(plan: _Plan, volumes: VolumeStore, encoder: Encoder, backend: s
     """
     if not len(plan.rows) or (plan.batch_size and encoder.device.type != "cuda"):
         return plan.batch_size or 1
-    fitting = fitting_batch_size(volumes, encoder, backend, -(-len(plan.rows) // group.size))
+    share = -(-len(plan.rows) // group.size)
+    fitting = fitting_batch_size(volumes, encoder, backend, max(share, plan.batch_size))
     fitting = min(group.gather_all(fitting))
     return min(fitting, plan.batch_size or fitting)
 

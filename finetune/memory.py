@@ -36,7 +36,7 @@ def most_scans(network: ScanNetwork, picture: Picture, held: int, dtype: torch.d
     before = torch.cuda.memory_allocated(device)
     memory = torch.rand((2, *picture.shape), device=device)  # two: batch norms want more than one
     images = as_images(picture.split(memory))
-    with Numbers() as numbers, torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+    with Numbers(memory.numel()) as numbers, torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         outputs = network(images, cut=network.seen.cut)
     losses = [
         scan_losses(outputs[:, place], head, torch.zeros(2, device=device))

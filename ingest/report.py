@@ -25,7 +25,7 @@ from ingest.replacing import check_own_page, check_page_suffix
 from ingest.report_page import PAGE_BYTES, render_page
 from ingest.shard import shard_path
 from ingest.store import VolumeStore, open_store
-from ingest.writing import check_writable, write_whole
+from ingest.writing import behind_link, check_writable, write_whole
 
 _BATCH = 1024  # scans handed to the threads at once: their results stay few
 _PICTURE_BATCH = 64
@@ -126,9 +126,11 @@ def write_report(
     opened = open_store(store)
     present = opened.ok_rows
     _check_rows(opened, rows)
-    check_page_suffix(page)
     check_writable(page)  # before minutes are spent on what goes into it
+    check_page_suffix(page)
     check_own_page(page, "ingest report")
+    written = behind_link(page)
+    written.parent.mkdir(parents=True, exist_ok=True)
     threads = threads or min(8, len(os.sched_getaffinity(0)))
     most_pictures = min(len(present), page_bytes // _TYPICAL_PICTURE_BYTES)
     if on_plan:
@@ -141,9 +143,9 @@ def write_report(
         pictures = _draw(opened, order, pool, buffers, on_scan)
         text, picture_count = render_page(opened, cohort, damaged, pictures, page_bytes=page_bytes)
     content = text.encode("utf-8", errors="replace")  # file names may be no UTF-8
-    write_whole(page, lambda temporary: temporary.write_bytes(content))
+    write_whole(written, lambda temporary: temporary.write_bytes(content))
     if not _is_still_true(opened):
-        page.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
         raise StoreError(
             f"{store} changed while its report was made (people withdrew, or it was made anew), "
             "so no report was written; run the same command again"

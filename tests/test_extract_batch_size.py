@@ -79,9 +79,17 @@ def test_the_largest_tensor_is_found(model, settings, per_voxel):
     encoder = build_encoder(model, weights="random", device="cpu", **settings)
     scans = torch.zeros((2, 8, 32, 48), dtype=torch.uint8)
     voxels = scans[:, : encoder.slices if encoder.view != "volume" else None].numel()
-    with Numbers() as numbers:
+    with Numbers(scans.numel()) as numbers:
         encoder(scans)
     assert numbers.most == per_voxel * voxels
+
+
+def test_a_picture_that_is_made_small_may_be_the_largest():
+    encoder = build_encoder("r3d_18", weights="random", device="cpu", scale=0.25)
+    scans = torch.zeros((1, 64, 64, 64), dtype=torch.uint8)
+    with Numbers(scans.numel()) as numbers:
+        encoder(scans)
+    assert numbers.most == scans.numel()
 
 
 def test_what_is_inflated_takes_memory_and_has_limits(store_of_volumes, monkeypatch):

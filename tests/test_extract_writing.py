@@ -91,10 +91,17 @@ class Others(Group):
     [(0, "cpu", 3), (0, "cuda", 3), (2, "cuda", 2), (5, "cuda", 3), (5, "cpu", 5)],
 )
 def test_all_processes_take_as_many_scans_as_fit_everywhere(store, encoder, monkeypatch, before, device, expected):
-    monkeypatch.setattr(extract.resume, "fitting_batch_size", lambda *_: 8)
+    monkeypatch.setattr(extract.resume, "fitting_batch_size", lambda *given: min(8, given[-1]))
     plan = _Plan(np.arange(20), before, 0, {})
     there = replace(encoder, device=torch.device(device))
     assert _fitting_all(plan, open_store(store), there, "torch", Others(0, 2)) == expected
+
+
+def test_few_scans_that_are_left_do_not_make_batches_small(store, encoder, monkeypatch):
+    monkeypatch.setattr(extract.resume, "fitting_batch_size", lambda *given: min(256, given[-1]))
+    there = replace(encoder, device=torch.device("cuda"))
+    assert _fitting_all(_Plan(np.arange(3), 64, 0, {}), open_store(store), there, "torch", Group()) == 64
+    assert _fitting_all(_Plan(np.arange(3), 0, 0, {}), open_store(store), there, "torch", Group()) == 3
 
 
 def test_volumes_are_not_inflated_beside_a_3d_network(store, monkeypatch):

@@ -274,6 +274,15 @@ def test_a_page_that_cannot_be_written_is_named_where_nothing_can_be_removed_eit
         write_report(own_store, tmp_path / "r.html")
 
 
+def test_a_page_that_is_no_longer_true_goes_through_a_link_too(own_store, tmp_path, monkeypatch):
+    (tmp_path / "real.html").write_text(OLDER)
+    (tmp_path / "link.html").symlink_to("real.html")
+    monkeypatch.setattr("ingest.report._is_still_true", lambda _: False)
+    with pytest.raises(StoreError, match="changed while its report was made"):
+        write_report(own_store, tmp_path / "link.html")
+    assert not (tmp_path / "real.html").exists()
+
+
 def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
     kept = tmp_path / "kept.html"
     kept.write_text(OLDER)
@@ -292,6 +301,7 @@ def test_errors_are_one_line(own_store, tmp_path, monkeypatch, capsys):
     for arguments, words in (
         ((own_store, tmp_path / "text" / "r.html"), ("text is a file", "r.html cannot be written", "choose another")),
         ((own_store, tmp_path / "folder.html"), ("is a folder", "choose another")),
+        ((own_store, "/"), ("/ is a folder", "choose another")),
         (
             (own_store, tmp_path / "notes.html"),
             ("notes.html exists and is not a page of ingest report", "not replaced"),

@@ -276,6 +276,9 @@ def test_a_confound_that_groups_hold_apart_is_refused_or_told():
         "the confound scanner is not removed from 67% of the scans when they are tested: each of their values is of "
         "one group that is never split (9 groups by site), so nobody of these values is trained on"
     ]
+    alone = make_embeddings(features, {"y": y, "who": np.arange(90)}, variables={"who": {"task": "multiclass"}})
+    (found,) = probe(alone, ["y"], settings=ProbeSettings(confounds=("who",)))
+    assert "90 columns of confounds are too many" in found.reason
     for others in (ProbeSettings(confounds=("scanner",)), ProbeSettings(groups="site")):
         assert not [line for line in doubts({"e": embeddings}, ["y"], tasks={}, settings=others) if "confound" in line]
 

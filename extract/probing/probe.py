@@ -113,7 +113,8 @@ def probe(
     check_embeddings(embeddings)
     groups = read_groups(embeddings, settings.groups, settings.kinship)
     confounds = confounds or read_confounds(embeddings, settings.confounds, tasks)
-    check_seen(confounds, groups.together)
+    if settings.groups is not None:
+        check_seen(confounds, groups.together)
     found = read_targets(
         embeddings, names, tasks or {}, settings.bins, groups.people, confounds.names, confounds.complete
     )
