@@ -17,7 +17,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from extract.embeddings import Embeddings
+from extract.probing.compare import Probed
 from extract.probing.linear import ridge
+from extract.probing.method import NO_INTERVAL
+from extract.probing.printing import print_skipped
 from extract.probing.probe import probe, target_names
 from extract.probing.results import Interval
 from extract.probing.scores import corrected_interval, paired_interval
@@ -174,13 +177,16 @@ def test_the_interval_of_two_folds_counts_their_scores_as_one():
     assert corrected_interval(scores[:2], 1.0, folds=2, **several) == Interval(0.52, 0, 1, 0.5)
 
 
-def test_two_groups_give_no_interval():
+def test_two_groups_give_no_interval(capsys):
     rng = np.random.default_rng(0)
     site = np.arange(80) % 2
     embeddings = make_embeddings(rng.normal(size=(80, 4)), {"y": rng.normal(size=80), "site": site})
     (found,) = probe(embeddings, ["y"], settings=ProbeSettings(groups="site"))
     assert len(found.fold_scores["r"]) == 2
     assert (found.headline.low, found.headline.high) == (-1, 1)
+    assert "give no interval" in found.method
+    print_skipped([Probed("e", embeddings, [found])])
+    assert capsys.readouterr().err == f"y: {NO_INTERVAL}\n"
 
 
 def test_perfect_scores_are_as_certain_as_there_are_groups():

@@ -13,6 +13,9 @@ from extract.probing.linear import PENALTY_SCANS
 from extract.probing.settings import ProbeSettings
 from extract.probing.targets import MIN_CLASS_PER_FOLD, MIN_PER_FOLD, Target
 
+#: Of `scores.corrected_interval`: what it means where it reaches over all that a score can be.
+NO_INTERVAL = "two folds, dealt once, are of the same pairs of people and give no interval"
+
 
 def describe_method(target: Target, sample: Sample, outcomes: Sequence[Outcome], settings: ProbeSettings) -> str:
     """Say in one line what was done."""
@@ -42,6 +45,8 @@ def describe_method(target: Target, sample: Sample, outcomes: Sequence[Outcome],
             why = f"each needs {MIN_PER_FOLD} people"
         dealt += f" (fewer than {settings.folds}: {why})"
     parts = [model, dealt]
+    if number * repeats == 2:
+        parts.append(NO_INTERVAL)
     if groups.note:
         parts.append(f"kept together: {groups.note}")
     if settings.train_people is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from extract.embeddings import Embeddings
 from extract.probing.compare import Difference, Probed
+from extract.probing.method import NO_INTERVAL
 from extract.probing.numbers import SHORT_NAMES, finite, in_digits
 from extract.probing.phenotypes import Joined
 from extract.probing.results import Interval, TargetResult
@@ -128,7 +129,7 @@ def print_curves(probed: Sequence[Probed]) -> None:
 
 
 def print_skipped(probed: Sequence[Probed]) -> None:
-    """Name on stderr what is missing: targets that could not be probed, p values, and points of curves."""
+    """Name on stderr what is missing: targets that could not be probed, intervals, p values, and points of curves."""
     for one in probed:
         prefix = f"{one.name}: " if len(probed) > 1 else ""
         for result in one.results:
@@ -136,6 +137,8 @@ def print_skipped(probed: Sequence[Probed]) -> None:
                 print_line(f"skipped: {prefix}{result.name}: {result.reason}", errors)
             elif result.permutations and result.p_value is None:
                 print_line(f"{prefix}{result.name}: {result.null}", errors)
+            if NO_INTERVAL in result.method:
+                print_line(f"{prefix}{result.name}: {NO_INTERVAL}", errors)
         for curve in one.curves.values():
             for size, reason in curve.missing.items():
                 print_line(f"no point at {size} people: {prefix}{curve.target}: {reason}", errors)
