@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ingest.errors import StoreError
+from ingest.exchange import remove_unfinished
 from ingest.journal import read_journal, remove_journal
 from ingest.lock import store_lock
 from ingest.people import participant_key
@@ -201,7 +202,6 @@ def _followed(store: str | Place) -> Place:
 
 def _kind(store: Place) -> str:
     from extract.blocks import parts_path  # the one place where ingest looks ahead: people must go everywhere
-    from ingest.exchange import remove_unfinished
 
     if isinstance(store, Path) and not store.exists() and store.parent.is_dir():
         with store_lock(store):
@@ -320,7 +320,6 @@ def _without(attrs: dict[str, Any], people: Iterable[str]) -> dict[str, Any]:
 def _from_embeddings(path: Path, people: frozenset[str]) -> list[_Done]:
     from extract.blocks import parts_path, remove_parts
     from extract.embeddings import open_embeddings, write_embeddings
-    from ingest.exchange import remove_unfinished
 
     done: list[_Done] = []
     remove_unfinished(path)
